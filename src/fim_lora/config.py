@@ -1,0 +1,65 @@
+"""`FimConfig`: how ranks are decided from the eFIM."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from .allocation import BUDGETS, DEFAULT_SCORE_EXPONENT, Budget
+
+
+@dataclass
+class FimConfig:
+    """The sub-configuration of `LoraConfig(init_lora_weights="fim", fim_config=...)`.
+
+    Args:
+        fim_calibration_batches: Number of batches from which the eFIM is averaged; at least 1.
+        r_min: Smallest rank of a layer; at least 1.
+        r_max: Largest rank of a layer. `None` means four times the layer's base rank (32 for `r=8`).
+        adjust_scaling_factors: If `True`, `lora_alpha` of every layer is rescaled so that the layer keeps the
+            scaling it would have had at its base rank, as with EVA. If `False`, `lora_alpha` stays and the
+            scaling follows from the new rank.
+        budget: What stays what it was with uniform ranks: `"rank"`, the sum of ranks, or `"parameters"`, the
+            number of trainable adapter parameters. Choose `"parameters"` to compare with uniform LoRA at equal
+            size when layers differ in shape.
+        score_exponent: Ranks are proportional to `score ** score_exponent`. 1 is plain proportionality; a value
+            below 1 softens the allocation; it must be positive.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of its range.
+    """
+
+    fim_calibration_batches: int = field(default=8, metadata={"help": "Number of batches for the eFIM"})
+    r_min: int = field(default=1, metadata={"help": "Smallest rank of a layer"})
+    r_max: int | None = field(default=None, metadata={"help": "Largest rank of a layer; None means 4 * r"})
+    adjust_scaling_factors: bool = field(
+        default=True, metadata={"help": "Rescale lora_alpha so that each layer keeps its scaling"}
+    )
+    budget: Budget = field(default="rank", metadata={"help": "What is kept: 'rank' or 'parameters'"})
+    score_exponent: float = field(
+        default=DEFAULT_SCORE_EXPONENT, metadata={"help": "Ranks are proportional to score ** exponent"}
+    )
+
+    def __post_init__(self) -> None:
+        _require_positive_int("fim_calibration_batches", self.fim_calibration_batches)
+        _require_positive_int("r_min", self.r_min)
+        if self.r_max is not None:
+            _require_positive_int("r_max", self.r_max)
+            if self.r_max < self.r_min:
+                raise ValueError(f"r_max={self.r_max} is below r_min={self.r_min}; swap or widen the bounds.")
+        if not isinstance(self.adjust_scaling_factors, bool):
+            raise TypeError(f"adjust_scaling_factors must be True or False, got {self.adjust_scaling_factors!r}.")
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget must be one of {BUDGETS}, got {self.budget!r}.")
+        if isinstance(self.score_exponent, bool) or not isinstance(self.score_exponent, (int, float)):
+            raise TypeError(f"score_exponent must be a number, got {self.score_exponent!r}.")
+        if not (math.isfinite(self.score_exponent) and self.score_exponent > 0):
+            raise ValueError(f"score_exponent must be positive and finite, got {self.score_exponent!r}.")
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")

@@ -1,0 +1,67 @@
+"""Which rows of a layer's input belong to which example of the batch: the documented rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor] | None:
+    """Put the examples first in the input of a layer and in the gradient of its output.
+
+    The first rule that applies decides:
+
+    1. The leading dimension is the batch: nothing to do.
+    2. The second of three or more dimensions is the batch (sequence first): the two are swapped.
+    3. The leading dimension is a multiple of the batch, as after `hidden.view(-1, d)`: consecutive rows belong to
+       the same example.
+    4. Otherwise rows cannot be attributed to examples, for example tokens routed to an expert.
+
+    Args:
+        x: Input of the layer (B × … or (B·k) × … or T × B × …).
+        g: Gradient of its output, with the same leading dimensions.
+        batch_size: Examples in the batch, B.
+
+    Returns:
+        `x` and `g` with leading dimension B, or `None` for rule 4.
+    """
+    if x.ndim == 1:
+        x, g = x.unsqueeze(0), g.unsqueeze(0)
+    if x.shape[0] == batch_size:
+        return x, g
+    if x.ndim >= 3 and x.shape[1] == batch_size:
+        return x.transpose(0, 1), g.transpose(0, 1)
+    if x.shape[0] % batch_size == 0:
+        rows = x.shape[0] // batch_size
+        return x.reshape(batch_size, rows, *x.shape[1:]), g.reshape(batch_size, rows, *g.shape[1:])
+    return None
+
+
+def batch_size_of(batch: Any, main_input_name: str | None = None) -> int | None:
+    """Number of examples in a batch: the leading dimension of the model's main input, or of the first tensor.
+
+    Args:
+        batch: A mapping, sequence or tensor, or a nesting of these.
+        main_input_name: Key of the input that decides, `model.main_input_name` in transformers.
+
+    Returns:
+        The number, or `None` if there is no tensor with a dimension.
+    """
+    if main_input_name is not None and isinstance(batch, Mapping):
+        main_input = batch.get(main_input_name)
+        if isinstance(main_input, Tensor) and main_input.ndim > 0:
+            return main_input.shape[0]
+    return next((tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0), None)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        for value in batch:
+            yield from _tensors(value)

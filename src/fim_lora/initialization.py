@@ -1,0 +1,210 @@
+"""The story from start to end: a model and batches, scores, ranks, a freshly initialised LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from .calibration import ForwardFn, calibrate
+from .config import FimConfig
+from .estimator import FisherEstimator
+from .gradient_norms import layer_type
+from .peft_integration import (
+    adapter_layers,
+    apply_allocation,
+    estimator_of,
+    forget_estimator,
+    lora_layers_disabled,
+    name_in_base_model,
+    resolve_targets,
+)
+from .rank_allocation import RankAllocation, verify_patterns
+from .scores import FimScores, LayerScore
+
+
+def initialize_lora_fim_ranks(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    fim_scores: Mapping[str, LayerScore | float | Tensor] | None = None,
+    forward_fn: ForwardFn | None = None,
+    adapter_name: str = "default",
+    show_progress_bar: bool = True,
+) -> RankAllocation:
+    """Decide the rank of every LoRA layer from the eFIM, and initialise the adapter at these ranks.
+
+    The scores come from one of three sources: the backward passes of your own loop since `get_peft_model` (give
+    neither `dataloader` nor `fim_scores`); a calibration run here over `dataloader`; or given `fim_scores`.
+
+    Afterwards the adapter is an ordinary LoRA adapter: `peft_config[adapter_name]` has `init_lora_weights=True`, no
+    `fim_config`, and the new `rank_pattern` and `alpha_pattern`. A is random and B is zero, as PEFT initialises
+    each layer type, so the model's output is that of the base model; an adapter that was trained before starts
+    anew. Dropout, bias, `modules_to_save`, other adapters, devices, dtypes and `requires_grad` stay.
+
+    An optimizer that was built before the call stays valid: the same `nn.Parameter` objects carry the new tensors.
+    If it has taken steps before, its state has the old shapes and its next step raises for every layer whose rank
+    changed: build it, or let it take its first step, after the allocation.
+
+    A call that raises leaves model and config as they were.
+
+    Args:
+        model: A model with a LoRA adapter that awaits allocation (`init_lora_weights="fim"`): a `PeftModel`, or a
+            model with an injected adapter.
+        dataloader: Yields batches (mapping, `BatchEncoding`, tuple or tensor), of which
+            `fim_config.fim_calibration_batches` are used, in eval mode, with the LoRA layers disabled; trained
+            `modules_to_save` stay in use, because they are part of the loss that will be trained.
+        fim_scores: The result of `get_fim_scores`, or a mapping of layer name to a score or to an eFIM diagonal
+            (a tensor of any shape, of which the mean is taken). Names may have the prefix `base_model.model.`.
+        forward_fn: Takes model and batch and returns something with `.loss` or `["loss"]`, or a scalar loss. By
+            default `model(**batch)`.
+        adapter_name: The adapter.
+        show_progress_bar: Whether to show the progress of a calibration over `dataloader`.
+
+    Returns:
+        Ranks, patterns, scores and counts.
+
+    Raises:
+        ValueError: If the adapter does not exist or does not await allocation; if both `dataloader` and
+            `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds cannot be
+            satisfied; if the dataloader is empty or its batches give no usable loss.
+        RuntimeError: If no batch was seen, no batch had finite gradients, or the eFIM of every layer is zero.
+        TypeError: If a layer's class is not supported, or the forward pass returns no loss.
+    """
+    config = _awaiting_config(model, adapter_name)
+    if dataloader is not None and fim_scores is not None:
+        raise ValueError("Both `dataloader` and `fim_scores` were given: pass one of them.")
+    layers = adapter_layers(model, adapter_name)
+    own_loop = estimator_of(model, adapter_name)
+
+    if fim_scores is not None:
+        scores = _given_scores(fim_scores, layers)
+    elif dataloader is not None:
+        scores = _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar, own_loop)
+    elif own_loop is None or not own_loop.has_seen_gradients:
+        raise RuntimeError(
+            f"No calibration batch was seen for adapter {adapter_name!r}: call `model(**batch).loss.backward()` on "
+            "some batches first, or pass `dataloader` or `fim_scores`."
+        )
+    else:
+        scores = own_loop.scores()
+
+    allocation = RankAllocation.from_scores(scores, config)
+    new_config = allocation.to_lora_config(config)
+    verify_patterns(new_config, allocation)
+    apply_allocation(model, adapter_name, allocation, new_config)
+    forget_estimator(model, adapter_name)
+    return allocation
+
+
+def get_fim_scores(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    adapter_name: str = "default",
+    forward_fn: ForwardFn | None = None,
+    show_progress_bar: bool = True,
+) -> FimScores:
+    """The eFIM score of every layer that a LoRA adapter targets, without changing anything.
+
+    Args:
+        model: A model with a LoRA adapter, or a plain model together with `peft_config`; then no adapter is
+            created, and the targets are those that PEFT would adapt.
+        dataloader: Yields batches, see `initialize_lora_fim_ranks`.
+        peft_config: Needed for a model without adapters. Its `fim_config` says how many batches to use; without
+            one, the default of `FimConfig` holds.
+        adapter_name: The adapter whose layers are scored, if the model has adapters.
+        forward_fn: See `initialize_lora_fim_ranks`.
+        show_progress_bar: Whether to show one.
+
+    Returns:
+        Layer name, as in the base model, to score.
+
+    Raises:
+        ValueError: If `peft_config` is missing or not a LoRA config, the adapter does not exist, nothing is
+            targeted, the dataloader is empty or its batches give no usable loss.
+        RuntimeError: If no batch had finite gradients, or the eFIM of every layer is zero.
+        TypeError: If a layer's class is not supported, or the forward pass returns no loss.
+    """
+    if hasattr(model, "peft_config"):
+        config = peft_config or _lora_config(model, adapter_name)
+        layers = adapter_layers(model, adapter_name)
+        own_loop = estimator_of(model, adapter_name)
+        return _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar, own_loop)
+    if peft_config is None:
+        raise ValueError("The model has no adapter: pass a LoraConfig as `peft_config` to say what to score.")
+    targets = resolve_targets(model, peft_config)
+    return calibrate(model, targets, dataloader, _num_batches(peft_config), forward_fn, show_progress_bar)
+
+
+def _scores_of_adapter(
+    model: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    dataloader: Iterable[Any],
+    config: LoraConfig,
+    forward_fn: ForwardFn | None,
+    show_progress_bar: bool,
+    own_loop: FisherEstimator | None,
+) -> FimScores:
+    base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
+    with lora_layers_disabled(model, own_loop):
+        return calibrate(model, base_layers, dataloader, _num_batches(config), forward_fn, show_progress_bar)
+
+
+def _given_scores(given: Mapping[str, LayerScore | float | Tensor], layers: Mapping[str, LoraLayer]) -> FimScores:
+    """Scores for exactly these layers, whatever form they were given in."""
+    by_name = {name_in_base_model(name): score for name, score in given.items()}
+    missing = [name for name in layers if name not in by_name]
+    if missing:
+        raise ValueError(f"`fim_scores` lacks {len(missing)} of {len(layers)} target layers: {missing}.")
+    superfluous = [name for name in by_name if name not in layers]
+    if superfluous:
+        raise ValueError(
+            f"`fim_scores` names {len(superfluous)} layers that the adapter does not target: {superfluous}. Leave "
+            "them out, or target them."
+        )
+    scores = {name: _given_score(name, by_name[name], layer.get_base_layer()) for name, layer in layers.items()}
+    if all(score.mean == 0 for score in scores.values()):
+        raise ValueError("Every score in `fim_scores` is zero: there is nothing to allocate by.")
+    counts = (given.num_batches, given.num_skipped_batches) if isinstance(given, FimScores) else (0, 0)
+    return FimScores(scores, *counts)
+
+
+def _given_score(name: str, score: LayerScore | float | Tensor, layer: nn.Module) -> LayerScore:
+    if isinstance(score, LayerScore):
+        return score
+    mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
+    try:
+        return LayerScore(mean, None, 0, layer_type(name, layer).shape(layer))
+    except ValueError as error:
+        raise ValueError(f"The score of layer {name!r} cannot be used: {error}") from error
+
+
+def _awaiting_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    config = _lora_config(model, adapter_name)
+    if config.init_lora_weights != "fim":
+        raise ValueError(
+            f"Adapter {adapter_name!r} does not await FIM allocation: it has init_lora_weights="
+            f"{config.init_lora_weights!r}, which is also so after an allocation. Create it with "
+            'LoraConfig(init_lora_weights="fim", fim_config=FimConfig(...)).'
+        )
+    return config
+
+
+def _lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    configs = getattr(model, "peft_config", None)
+    if configs is None:
+        raise ValueError("The model has no adapter: call `get_peft_model(model, config)` first.")
+    if adapter_name not in configs:
+        raise ValueError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs)}.")
+    config = configs[adapter_name]
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"Adapter {adapter_name!r} is not a LoRA adapter but {type(config).__name__}.")
+    return cast(LoraConfig, config)
+
+
+def _num_batches(config: LoraConfig) -> int:
+    fim_config = getattr(config, "fim_config", None) or FimConfig()
+    return fim_config.fim_calibration_batches

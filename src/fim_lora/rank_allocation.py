@@ -1,0 +1,304 @@
+"""`RankAllocation`: the ranks, why they are what they are, and the patterns that carry them into PEFT."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+
+from .allocation import allocate_ranks, budget_of
+from .config import FimConfig
+from .json_files import InvalidFileError, read_json, write_json
+from .layer_grid import format_grid
+from .scores import FimScores
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RankAllocation:
+    """The result: one rank and one `lora_alpha` per layer, and what they came from.
+
+    Attributes:
+        ranks: Layer name, as in the base model, to rank.
+        alphas: Layer name to `lora_alpha` of the layer.
+        scores: The scores, with counts of batches and examples.
+        fim_config: How ranks were decided.
+        r: Global rank of the LoRA config.
+        lora_alpha: Global `lora_alpha` of the LoRA config.
+        use_rslora: Whether the scaling is `lora_alpha / sqrt(r_i)` and not `lora_alpha / r_i`.
+        budget: What uniform LoRA would spend, in ranks or in parameters, as `fim_config.budget` says.
+        budget_used: What `ranks` spends.
+    """
+
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    scores: FimScores
+    fim_config: FimConfig
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    budget: int
+    budget_used: int
+
+    @classmethod
+    def from_scores(cls, scores: FimScores, config: LoraConfig) -> RankAllocation:
+        """Allocate ranks to the layers of `scores` as `config` asks.
+
+        A `rank_pattern` or `alpha_pattern` of the config sets the base rank and base `lora_alpha` of a layer.
+
+        Args:
+            scores: From `get_fim_scores`, for exactly the layers that `config` targets.
+            config: A LoRA config; without a `fim_config` the defaults of `FimConfig` hold.
+
+        Returns:
+            The allocation.
+
+        Raises:
+            ValueError: If the bounds cannot be satisfied; see `allocate_ranks`.
+        """
+        fim_config = getattr(config, "fim_config", None) or FimConfig()
+        base_ranks = {name: _resolve(config.rank_pattern, name, config.r) for name in scores}
+        base_alphas = {name: _resolve(config.alpha_pattern, name, config.lora_alpha) for name in scores}
+        ranks = allocate_ranks(
+            scores.means,
+            base_ranks,
+            r_min=fim_config.r_min,
+            r_max=fim_config.r_max,
+            budget=fim_config.budget,
+            score_exponent=fim_config.score_exponent,
+            shapes=scores.shapes,
+        )
+        alphas = base_alphas
+        if fim_config.adjust_scaling_factors:
+            alphas = {
+                name: _alpha_with_same_scaling(base_alphas[name], base_ranks[name], rank, config.use_rslora)
+                for name, rank in ranks.items()
+            }
+        return cls(
+            ranks=ranks,
+            alphas=alphas,
+            scores=scores,
+            fim_config=copy.copy(fim_config),
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            use_rslora=config.use_rslora,
+            budget=budget_of(base_ranks, fim_config.budget, scores.shapes),
+            budget_used=budget_of(ranks, fim_config.budget, scores.shapes),
+        )
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """`rank_pattern` for PEFT: an entry for each layer whose rank is not the global `r`."""
+        return _pattern(self.ranks, self.r)
+
+    @property
+    def alpha_pattern(self) -> dict[str, float]:
+        """`alpha_pattern` for PEFT: an entry for each layer whose `lora_alpha` is not the global one."""
+        return _pattern(self.alphas, self.lora_alpha)
+
+    @property
+    def num_batches(self) -> int:
+        """Calibration batches."""
+        return self.scores.num_batches
+
+    @property
+    def num_examples(self) -> int:
+        """Calibration examples."""
+        return self.scores.num_examples
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters of the adapter: `Σ r_i (d_in + d_out)`."""
+        return budget_of(self.ranks, "parameters", self.scores.shapes)
+
+    def to_lora_config(self, base_config: LoraConfig) -> LoraConfig:
+        """The config of an ordinary LoRA adapter with these ranks, for stock PEFT and any trainer.
+
+        Args:
+            base_config: The config that the scores were allocated with; it is not changed.
+
+        Returns:
+            A copy without any trace of `"fim"`, with `rank_pattern` and `alpha_pattern`.
+
+        Raises:
+            ValueError: If `base_config` has another `r`, `lora_alpha` or `use_rslora` than the allocation, which
+                would give other ranks or scalings than the ones decided.
+        """
+        for field in ("r", "lora_alpha", "use_rslora"):
+            if getattr(base_config, field) != getattr(self, field):
+                raise ValueError(
+                    f"base_config has {field}={getattr(base_config, field)!r}, but the ranks were allocated with "
+                    f"{field}={getattr(self, field)!r}: pass the same config, or allocate again."
+                )
+        config = copy.deepcopy(base_config)
+        if config.init_lora_weights == "fim":
+            config.init_lora_weights = True
+        if getattr(config, "fim_config", None) is not None:
+            config.fim_config = None
+        config.rank_pattern = self.rank_pattern
+        config.alpha_pattern = self.alpha_pattern
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return {
+            "ranks": self.ranks,
+            "alphas": self.alphas,
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "use_rslora": self.use_rslora,
+            "budget": self.budget,
+            "budget_used": self.budget_used,
+            "fim_config": asdict(self.fim_config),
+            "scores": self.scores.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> RankAllocation:
+        """The inverse of `to_dict`.
+
+        Args:
+            content: What `to_dict` returned.
+
+        Returns:
+            The allocation.
+
+        Raises:
+            KeyError: If something is missing.
+            TypeError: If something has the wrong type.
+            ValueError: If a value is out of its range, or layers are missing.
+        """
+        scores = FimScores.from_dict(content["scores"])
+        ranks = {name: int(rank) for name, rank in content["ranks"].items()}
+        alphas = {name: _integer_if_whole(float(alpha)) for name, alpha in content["alphas"].items()}
+        if not set(ranks) == set(alphas) == set(scores):
+            raise ValueError("ranks, alphas and scores name different layers")
+        if min(ranks.values(), default=1) < 1:
+            raise ValueError("a rank is below 1")
+        if not all(math.isfinite(alpha) for alpha in alphas.values()):
+            raise ValueError("an alpha is not finite")
+        return cls(
+            ranks=ranks,
+            alphas=alphas,
+            scores=scores,
+            fim_config=FimConfig(**content["fim_config"]),
+            r=int(content["r"]),
+            lora_alpha=_integer_if_whole(float(content["lora_alpha"])),
+            use_rslora=bool(content["use_rslora"]),
+            budget=int(content["budget"]),
+            budget_used=int(content["budget_used"]),
+        )
+
+    def save(self, path: str | PathLike[str], **provenance: Any) -> None:
+        """Write the allocation as JSON, completely or not at all.
+
+        Args:
+            path: The file.
+            provenance: JSON values to write beside it, such as versions or the data used; `load` ignores them.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        header = {"format": "fim_allocation", "schema_version": SCHEMA_VERSION}
+        write_json(path, header | {"provenance": provenance} | self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> RankAllocation:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The allocation.
+
+        Raises:
+            OSError: If the file cannot be read.
+            InvalidFileError: If it is not an allocation, or one of a newer version of fim-lora.
+        """
+        content = read_json(path, "fim_allocation", SCHEMA_VERSION)
+        try:
+            return cls.from_dict(content)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise InvalidFileError(f"{path} is damaged: {error!r}. Allocate again.") from error
+
+    def __str__(self) -> str:
+        unit = "ranks" if self.fim_config.budget == "rank" else "parameters"
+        heading = (
+            f"{len(self.ranks)} layers, budget {self.budget_used:,} of {self.budget:,} {unit}, "
+            f"{self.num_batches} batches, {self.num_examples} examples"
+        )
+        return f"{heading}\n\n{format_grid(self.ranks)}"
+
+
+def verify_patterns(config: LoraConfig, allocation: RankAllocation) -> None:
+    """Resolve every layer through PEFT's own matching, and refuse if one gets another value than was meant.
+
+    Args:
+        config: The config with the patterns written.
+        allocation: What was meant.
+
+    Raises:
+        RuntimeError: If a pattern resolves to another value. It names the layer.
+    """
+    for attribute, default, meant in (
+        ("rank_pattern", config.r, allocation.ranks),
+        ("alpha_pattern", config.lora_alpha, allocation.alphas),
+    ):
+        pattern = getattr(config, attribute)
+        for name, value in meant.items():
+            resolved = _resolve(pattern, name, default)
+            if resolved != value:
+                raise RuntimeError(
+                    f"PEFT would give layer {name!r} the value {resolved!r} of {attribute}, not {value!r}. "
+                    "Please report this together with the names of the model's layers."
+                )
+
+
+def _resolve(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    if not pattern:
+        return default
+    return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Entries for the values that differ from the default, under keys that match their own layer alone."""
+    suffixes = Counter(suffix for name in values for suffix in _proper_suffixes(name))
+    return {
+        _pattern_key(name, is_suffix=name in suffixes): value for name, value in values.items() if value != default
+    }
+
+
+def _pattern_key(name: str, *, is_suffix: bool) -> str:
+    """PEFT matches keys as regular expressions against the end of a name, at a dot.
+
+    The plain name serves unless it is the end of another layer's name; then the key is tied to the start.
+    """
+    key = re.escape(name)
+    return f"^{key}" if is_suffix else key.replace(r"\.", ".")
+
+
+def _proper_suffixes(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[first:]) for first in range(1, len(parts)))
+
+
+def _alpha_with_same_scaling(alpha: float, base_rank: int, rank: int, use_rslora: bool) -> float:
+    ratio = rank / base_rank
+    if use_rslora:
+        return _integer_if_whole(alpha * math.sqrt(ratio))
+    return _integer_if_whole(alpha * rank / base_rank)
+
+
+def _integer_if_whole(value: float) -> float:
+    """PEFT documents `lora_alpha` as an integer, and some readers of the config insist on it."""
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,157 @@
+"""`LayerScore` and `FimScores`: how sensitive the loss is to each layer, and how sure we are of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
+
+from .json_files import InvalidFileError, read_json, write_json
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """The score of one layer.
+
+    Attributes:
+        mean: `mean(F)`, the eFIM diagonal averaged over the entries of the weight: squared loss per squared unit
+            of weight.
+        standard_error: Standard error of `mean` over examples, in the same unit. `None` if it is not known: with
+            a single example, or for scores that were given and not measured.
+        num_examples: Examples averaged over. The whole batch counts as one where the input of the layer cannot
+            be attributed to examples; 0 for scores that were given and not measured.
+        shape: `(d_out, d_in)` of the weight.
+    """
+
+    mean: float
+    standard_error: float | None
+    num_examples: int
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and self.mean >= 0):
+            raise ValueError(f"mean must be finite and not negative, got {self.mean!r}.")
+        if self.standard_error is not None and not (math.isfinite(self.standard_error) and self.standard_error >= 0):
+            raise ValueError(f"standard_error must be finite and not negative, got {self.standard_error!r}.")
+        if self.num_examples < 0:
+            raise ValueError(f"num_examples must not be negative, got {self.num_examples!r}.")
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise ValueError(f"shape must be (d_out, d_in) of positive integers, got {self.shape!r}.")
+
+
+class FimScores(Mapping[str, LayerScore]):
+    """Layer name, as in the base model, to `LayerScore`.
+
+    Args:
+        layers: The scores by layer name.
+        num_batches: Calibration batches that went into them.
+        num_skipped_batches: Batches left out because a gradient was not finite.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerScore], num_batches: int = 0, num_skipped_batches: int = 0) -> None:
+        self._layers = dict(layers)
+        self.num_batches = num_batches
+        self.num_skipped_batches = num_skipped_batches
+
+    def __getitem__(self, name: str) -> LayerScore:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"FimScores({len(self)} layers, {self.num_batches} batches, {self.num_examples} examples)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, FimScores):
+            return NotImplemented
+        return self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # compared by value
+
+    @property
+    def num_examples(self) -> int:
+        """Calibration examples that went into the scores."""
+        return max((score.num_examples for score in self.values()), default=0)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Layer name to `LayerScore.mean`, as `allocate_ranks` takes it."""
+        return {name: score.mean for name, score in self.items()}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer name to `(d_out, d_in)`, as `allocate_ranks` takes it."""
+        return {name: score.shape for name, score in self.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON types."""
+        return {
+            "num_batches": self.num_batches,
+            "num_skipped_batches": self.num_skipped_batches,
+            "layers": {name: asdict(score) | {"shape": list(score.shape)} for name, score in self.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> FimScores:
+        """The inverse of `to_dict`.
+
+        Args:
+            content: What `to_dict` returned.
+
+        Returns:
+            The scores.
+
+        Raises:
+            KeyError: If something is missing.
+            TypeError: If something has the wrong type.
+            ValueError: If a value is out of its range.
+        """
+        layers = {
+            name: LayerScore(
+                mean=float(score["mean"]),
+                standard_error=None if score["standard_error"] is None else float(score["standard_error"]),
+                num_examples=int(score["num_examples"]),
+                shape=(int(score["shape"][0]), int(score["shape"][1])),
+            )
+            for name, score in content["layers"].items()
+        }
+        return cls(layers, int(content["num_batches"]), int(content["num_skipped_batches"]))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the scores as JSON, completely or not at all.
+
+        Args:
+            path: The file.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        write_json(path, {"format": "fim_scores", "schema_version": SCHEMA_VERSION, **self.to_dict()})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> FimScores:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The scores.
+
+        Raises:
+            OSError: If the file cannot be read.
+            InvalidFileError: If it is not a file of scores, or one of a newer version of fim-lora.
+        """
+        content = read_json(path, "fim_scores", SCHEMA_VERSION)
+        try:
+            return cls.from_dict(content)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise InvalidFileError(f"{path} is damaged: {error!r}. Compute the scores again.") from error
