@@ -96,15 +96,13 @@ class FisherEstimator:
         if self.num_batches == seen:
             self._finish_batch()
 
-    def start_forward(self, batch_size: int | None) -> None:
-        """Begin a forward pass of the whole model. Several before one backward pass make one batch.
-
-        Args:
-            batch_size: Examples in the batch, if known.
-        """
+    def _start_forward(self, batch_size: int | None) -> None:
+        """A forward pass of the whole model begins. Several before one backward pass make one batch."""
         if self._pass.has_gradients:
             self._finish_batch()
-        self._pass.batch_size = batch_size
+        self._evaluating = not torch.is_grad_enabled()
+        if not self._evaluating:
+            self._pass.batch_size = batch_size
 
     def _finish_batch(self) -> None:
         """Take the gradients of this pass into the running sums.
@@ -296,10 +294,8 @@ class _RootHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.estimator.paused or _inside_backward():
             return
-        self.estimator._evaluating = not torch.is_grad_enabled()
-        if not self.estimator._evaluating:
-            name = getattr(module, "main_input_name", None)
-            self.estimator.start_forward(batch_size_of(args or kwargs, name))
+        name = getattr(module, "main_input_name", None)
+        self.estimator._start_forward(batch_size_of(args or kwargs, name))
 
 
 class _SaveForBackward(torch.autograd.Function):

@@ -133,12 +133,13 @@ def gram_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMP
         Squared norms (B), float32 or float64.
     """
     dtype = _compute_dtype(x, g)
-    examples, positions, features = x.shape[0], x.shape[1], x.shape[2] + g.shape[2]
+    examples, positions = x.shape[:2]
     numbers = max_temporary_bytes // dtype.itemsize
-    # A pair of blocks of s positions takes 2 s² numbers for its Gram matrices and 2 s · features for its copies.
-    size = (math.isqrt(features**2 + 2 * numbers) - features) // 2
+    # A pair of blocks of s positions takes 2 s² numbers for its Gram matrices and 2 s · copied for its copies.
+    copied = _copied_features(x, g, dtype)
+    size = (math.isqrt(copied**2 + 2 * numbers) - copied) // 2
     size = min(max(size, 1), positions)
-    group = max(numbers // (2 * size * (size + features)), 1)
+    group = max(numbers // (2 * size * (size + copied)), 1)
 
     norms = x.new_zeros(examples, dtype=dtype)
     for some in _slices(examples, group):
@@ -172,10 +173,12 @@ def materialised_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = 
     """
     dtype = _compute_dtype(x, g)
     examples, positions, d_in, d_out = *x.shape, g.shape[2]
+    # Half of the memory for the gradients, half for the copies.
     half = max_temporary_bytes // dtype.itemsize // 2
     rows = min(max(half // d_in, 1), d_out)
-    block = min(max(half // (d_in + rows), 1), positions)
-    group = max(min(half // (rows * d_in), half // (block * (d_in + rows))), 1)
+    copied = max(_copied_features(x, g, dtype), 1)
+    block = min(max(half // copied, 1), positions)
+    group = max(min(half // (rows * d_in), half // (block * copied)), 1)
 
     norms = x.new_zeros(examples, dtype=dtype)
     for some in _slices(examples, group):
@@ -189,6 +192,11 @@ def materialised_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = 
 
 def _compute_dtype(x: Tensor, g: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
+
+
+def _copied_features(x: Tensor, g: Tensor, dtype: torch.dtype) -> int:
+    """Numbers per position that have to be copied to compute in `dtype`."""
+    return sum(tensor.shape[2] for tensor in (x, g) if tensor.dtype != dtype)
 
 
 def _slices(length: int, size: int, start: int = 0) -> Iterator[slice]:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -354,7 +354,7 @@ def apply_allocation(model: nn.Module, adapter_name: str, allocation: RankAlloca
     for name, layer in layers.items():
         before[name].keep_parameters(layer)
     # In place, because the model and its tuner share the object.
-    config = model.peft_config[adapter_name]
+    config = cast(Any, model).peft_config[adapter_name]
     config.__dict__.update(new_config.__dict__)
 
 
