@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import bert, class_batch, gpt2, llama, lm_batches, names_of, per_example_scores, t5, token_batch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fim_lora.calibration import calibrate
 from fim_lora.estimator import FisherEstimator
 from fim_lora.examples import batch_size_of, by_example
+from tiny_models import bert, class_batch, gpt2, llama, lm_batches, names_of, per_example_scores, t5, token_batch
 
 ARCHITECTURES = {
     "llama": (llama, ("q_proj", "k_proj", "o_proj", "down_proj", "lm_head")),
@@ -242,7 +242,7 @@ def test_what_follows_a_layer_may_change_its_output_in_place():
     assert results[0] == results[1]
 
 
-# --- Which rows belong to which example -----------------------------------------------------------------------------
+# --- Which rows belong to which example ---
 
 
 class Rearranging(nn.Module):
@@ -316,7 +316,7 @@ def test_batch_size():
     assert batch_size_of({"text": "abc"}) is None
 
 
-# --- What goes wrong ------------------------------------------------------------------------------------------------
+# --- What goes wrong ---
 
 
 def test_batches_that_are_not_finite_are_left_out_and_reported():

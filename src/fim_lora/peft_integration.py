@@ -38,7 +38,7 @@ _PREFIX = "base_model.model."
 _ESTIMATORS = "_fim_estimators"
 
 
-# --- Teaching PEFT -----------------------------------------------------------------------------------------------
+# --- Teaching PEFT ---
 
 
 def install(public: Mapping[str, Any]) -> None:
@@ -173,7 +173,7 @@ def _watch(tuner: LoraModel, model: nn.Module, adapter_name: str, fim_config: Fi
     model.__dict__.setdefault(_ESTIMATORS, {})[adapter_name] = estimator
 
 
-# --- Reading a model ---------------------------------------------------------------------------------------------
+# --- Reading a model ---
 
 
 def name_in_base_model(name: str) -> str:
@@ -322,7 +322,7 @@ def _estimators(model: nn.Module) -> dict[str, FisherEstimator]:
     return {}
 
 
-# --- Resizing ----------------------------------------------------------------------------------------------------
+# --- Resizing ---
 
 
 def apply_allocation(model: nn.Module, adapter_name: str, allocation: RankAllocation, new_config: LoraConfig) -> None:

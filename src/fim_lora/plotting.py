@@ -32,7 +32,7 @@ _DOTS_PER_INCH = 150
 _MAX_DOTS = 30_000
 # From this ratio of largest to smallest rank on, equal steps of colour are equal factors.
 _LOGARITHMIC_FROM = 4
-_MAX_TICKS = 7
+_TICKS_PER_INCH = 2.5
 _COLOUR_MAP = "viridis"
 
 
@@ -82,7 +82,10 @@ def _figure(grids: Sequence[LayerGrid], allocation: RankAllocation) -> Figure:
         figure.text(x / width, title_y, grid.stack or "other layers", fontsize=_FONT_SIZE + 1, weight="bold", va="top")
         x += panel_width + _PANEL_GAP
     x += _COLOUR_BAR_GAP - _PANEL_GAP
-    _draw_colour_bar(add_axes(x, top, _COLOUR_BAR_WIDTH, min(panel_height, _COLOUR_BAR_HEIGHT)), norm, allocation)
+    bar_height = min(panel_height, _COLOUR_BAR_HEIGHT)
+    _draw_colour_bar(
+        add_axes(x, top, _COLOUR_BAR_WIDTH, bar_height), norm, allocation, round(bar_height * _TICKS_PER_INCH)
+    )
     figure.text(left / width, 1, _title(allocation), fontsize=_TITLE_SIZE, va="top")
     if any(len(grid.cells) < len(grid.depths) * len(grid.kinds) for grid in grids):
         figure.text(left / width, 0.2 / height, "hatched: no such layer", fontsize=_FONT_SIZE, color="0.35", va="top")
@@ -120,11 +123,11 @@ def _draw_panel(axes: Axes, grid: LayerGrid, allocation: RankAllocation, norm: N
     axes.spines[:].set_visible(False)
 
 
-def _draw_colour_bar(axes: Axes, norm: Normalize, allocation: RankAllocation) -> None:
+def _draw_colour_bar(axes: Axes, norm: Normalize, allocation: RankAllocation, max_ticks: int) -> None:
     figure = axes.figure
     bar = figure.colorbar(ScalarMappable(norm=norm, cmap=_COLOUR_MAP), cax=axes)
     bar.minorticks_off()
-    ticks = _ticks(norm, allocation)
+    ticks = _ticks(norm, allocation, max_ticks)
     bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
     bar.ax.tick_params(labelsize=_FONT_SIZE)
     bar.set_label("rank", fontsize=_FONT_SIZE + 1)
@@ -139,10 +142,10 @@ def _norm(allocation: RankAllocation) -> Normalize:
     return Normalize(smallest, largest)
 
 
-def _ticks(norm: Normalize, allocation: RankAllocation) -> list[int]:
+def _ticks(norm: Normalize, allocation: RankAllocation, max_ticks: int) -> list[int]:
     """Whole numbers from the smallest to the largest rank, evenly spread over the colours."""
     smallest, largest = min(allocation.ranks.values()), max(allocation.ranks.values())
-    fractions = np.linspace(0, 1, _MAX_TICKS)
+    fractions = np.linspace(0, 1, max_ticks)
     spread = norm.inverse(fractions) if smallest < largest else fractions * 0 + smallest
     return sorted({round(float(tick)) for tick in spread})
 

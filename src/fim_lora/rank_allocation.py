@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 from .allocation import allocate_ranks, budget_of
 from .config import FimConfig
 from .json_files import InvalidFileError, read_json, write_json
 from .layer_grid import format_grid
+from .patterns import resolve_pattern, write_pattern
 from .scores import FimScores
 
 SCHEMA_VERSION = 1
@@ -66,8 +64,8 @@ class RankAllocation:
             ValueError: If the bounds cannot be satisfied; see `allocate_ranks`.
         """
         fim_config = getattr(config, "fim_config", None) or FimConfig()
-        base_ranks = {name: _resolve(config.rank_pattern, name, config.r) for name in scores}
-        base_alphas = {name: _resolve(config.alpha_pattern, name, config.lora_alpha) for name in scores}
+        base_ranks = resolve_pattern(config.rank_pattern, scores, config.r)
+        base_alphas = resolve_pattern(config.alpha_pattern, scores, config.lora_alpha)
         ranks = allocate_ranks(
             scores.means,
             base_ranks,
@@ -98,12 +96,12 @@ class RankAllocation:
     @property
     def rank_pattern(self) -> dict[str, int]:
         """`rank_pattern` for PEFT: an entry for each layer whose rank is not the global `r`."""
-        return _pattern(self.ranks, self.r)
+        return write_pattern(self.ranks, self.r)
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
         """`alpha_pattern` for PEFT: an entry for each layer whose `lora_alpha` is not the global one."""
-        return _pattern(self.alphas, self.lora_alpha)
+        return write_pattern(self.alphas, self.lora_alpha)
 
     @property
     def num_batches(self) -> int:
@@ -254,42 +252,13 @@ def verify_patterns(config: LoraConfig, allocation: RankAllocation) -> None:
         ("rank_pattern", config.r, allocation.ranks),
         ("alpha_pattern", config.lora_alpha, allocation.alphas),
     ):
-        pattern = getattr(config, attribute)
+        resolved = resolve_pattern(getattr(config, attribute), meant, default)
         for name, value in meant.items():
-            resolved = _resolve(pattern, name, default)
-            if resolved != value:
+            if resolved[name] != value:
                 raise RuntimeError(
-                    f"PEFT would give layer {name!r} the value {resolved!r} of {attribute}, not {value!r}. "
+                    f"PEFT would give layer {name!r} the value {resolved[name]!r} of {attribute}, not {value!r}. "
                     "Please report this together with the names of the model's layers."
                 )
-
-
-def _resolve(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    if not pattern:
-        return default
-    return pattern.get(get_pattern_key(list(pattern), name), default)
-
-
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Entries for the values that differ from the default, under keys that match their own layer alone."""
-    suffixes = Counter(suffix for name in values for suffix in _proper_suffixes(name))
-    return {
-        _pattern_key(name, is_suffix=name in suffixes): value for name, value in values.items() if value != default
-    }
-
-
-def _pattern_key(name: str, *, is_suffix: bool) -> str:
-    """PEFT matches keys as regular expressions against the end of a name, at a dot.
-
-    The plain name serves unless it is the end of another layer's name; then the key is tied to the start.
-    """
-    key = re.escape(name)
-    return f"^{key}" if is_suffix else key.replace(r"\.", ".")
-
-
-def _proper_suffixes(name: str) -> Iterable[str]:
-    parts = name.split(".")
-    return (".".join(parts[first:]) for first in range(1, len(parts)))
 
 
 def _alpha_with_same_scaling(alpha: float, base_rank: int, rank: int, use_rslora: bool) -> float:

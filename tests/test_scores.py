@@ -1,0 +1,84 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fim_lora import FimScores, InvalidFileError, LayerScore
+from fim_lora.running_moments import RunningMoments
+
+SCORES = FimScores({"a.b": LayerScore(0.25, 0.01, 8, (3, 5)), "c": LayerScore(1e-12, None, 1, (2, 2))}, 2, 1)
+
+
+def test_it_is_a_mapping():
+    assert list(SCORES) == ["a.b", "c"]
+    assert len(SCORES) == 2
+    assert SCORES["a.b"].shape == (3, 5)
+    assert SCORES.means == {"a.b": 0.25, "c": 1e-12}
+    assert SCORES.shapes == {"a.b": (3, 5), "c": (2, 2)}
+    assert SCORES.num_examples == 8
+    assert repr(SCORES) == "FimScores(2 layers, 2 batches, 8 examples)"
+    assert FimScores({}) != SCORES
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "scores.json"
+    SCORES.save(path)
+    assert FimScores.load(path) == SCORES
+    assert FimScores.load(path)["c"].standard_error is None
+
+
+@pytest.mark.parametrize("change", [{"layers": {"a": {}}}, {"layers": [1]}, {"num_batches": "x"}, {"layers": None}])
+def test_damaged_files(tmp_path, change):
+    path = tmp_path / "scores.json"
+    SCORES.save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InvalidFileError, match=r"scores\.json is damaged"):
+        FimScores.load(path)
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "scores.json"
+    SCORES.save(path)
+
+    def no_space(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", no_space)
+    with pytest.raises(OSError, match="no space left"):
+        FimScores({}).save(path)
+    monkeypatch.undo()
+    assert FimScores.load(path) == SCORES
+    assert [entry.name for entry in tmp_path.iterdir()] == ["scores.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((math.nan, 0.1, 1, (1, 1)), "mean must be finite and not negative, got nan"),
+        ((-1.0, 0.1, 1, (1, 1)), "got -1.0"),
+        ((1.0, math.inf, 1, (1, 1)), "standard_error .* got inf"),
+        ((1.0, 0.1, -1, (1, 1)), "num_examples .* got -1"),
+        ((1.0, 0.1, 1, (0, 1)), r"shape .* got \(0, 1\)"),
+    ],
+)
+def test_invalid_layer_scores(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LayerScore(*arguments)
+
+
+@given(st.lists(st.lists(st.floats(0, 1e6), min_size=1, max_size=9), min_size=1, max_size=9))
+def test_running_moments_equal_those_of_all_values(batches):
+    moments = RunningMoments()
+    for batch in batches:
+        moments.add(np.array(batch))
+    values = np.concatenate(batches)
+    assert moments.count == len(values)
+    assert moments.mean == pytest.approx(values.mean())
+    if len(values) == 1:
+        assert moments.standard_error is None
+    else:
+        expected = values.std(ddof=1) / math.sqrt(len(values))
+        assert moments.standard_error == pytest.approx(expected, rel=1e-6, abs=1e-9)
