@@ -399,7 +399,7 @@ def test_a_dataloader_does_not_disturb_the_own_loop():
         {"target_modules": "all-linear", "exclude_modules": ["down_proj"]},
         {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1.*"},
         {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1]},
-        {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
         {},
     ],
 )

