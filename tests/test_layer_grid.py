@@ -45,3 +45,8 @@ def test_every_layer_is_in_one_cell():
 def test_text():
     text = format_grid({"m.0.q": 3, "m.0.v": 12, "m.1.q": 8})
     assert text == "m\n   q   v\n0  3  12\n1  8    "
+
+
+def test_layers_without_depth_keep_their_name():
+    (grid,) = layer_grids(names("bert.pooler.dense", "classifier"))
+    assert (grid.stack, grid.depths, grid.kinds) == ("", [None], ["bert.pooler.dense", "classifier"])

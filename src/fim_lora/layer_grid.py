@@ -27,7 +27,8 @@ def layer_grids(names: Mapping[str, object]) -> list[LayerGrid]:
     """Sort layer names into grids, by the first number among their dotted parts.
 
     `model.layers.3.self_attn.q_proj` is in stack `model.layers`, row 3, column `q_proj`. Columns carry the shortest
-    end of the name that tells them apart from the other columns of their stack.
+    end of the name that tells them apart from the other columns of their stack. Layers without a number in their
+    name, such as `bert.pooler.dense`, share a grid without a stack and keep their whole name.
 
     Args:
         names: Layer names; the order of kinds follows them.
@@ -42,7 +43,8 @@ def layer_grids(names: Mapping[str, object]) -> list[LayerGrid]:
         grid.cells[depth, kind] = name
     for grid in grids.values():
         kinds = list(dict.fromkeys(kind for _, kind in grid.cells))
-        labels = _shortest_distinct_ends(kinds)
+        # Layers without a depth have nothing else to say where they are.
+        labels = _shortest_distinct_ends(kinds) if grid.stack else dict(zip(kinds, kinds, strict=True))
         grid.kinds = list(labels.values())
         grid.cells = {(depth, labels[kind]): name for (depth, kind), name in grid.cells.items()}
         depths = {depth for depth, _ in grid.cells}

@@ -1,0 +1,244 @@
+"""DATA on the command line: a file or a data set of the hub, and which of its columns mean what."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+from datasets import ClassLabel, Dataset
+from datasets.exceptions import DatasetGenerationError
+
+from .errors import CommandError
+from .file_hash import sha256
+from .models import Task, looks_like_path
+
+# The ways to give examples, in the order in which they are looked for.
+_FORMATS: Mapping[Task, tuple[tuple[str, ...], ...]] = {
+    "causal-lm": (("messages",), ("prompt", "completion"), ("text",)),
+    "seq-cls": (("text", "label"),),
+}
+ROLES = tuple(dict.fromkeys(role for formats in _FORMATS.values() for roles in formats for role in roles))
+
+# An empty cell or the word "NA" is text like any other, so pandas must not turn it into a missing value.
+_CSV_ARGUMENTS = {"keep_default_na": False}
+_READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".csv": ("csv", _CSV_ARGUMENTS),
+    ".tsv": ("csv", {"sep": "\t", **_CSV_ARGUMENTS}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {"sample_by": "document"}),
+}
+_STREAM_SUFFIX = ".txt"
+
+# Longer names are shortened in messages: a file without a header has its first line for names.
+_MAX_COLUMN_LENGTH = 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the data.
+
+    Attributes:
+        place: Where it is, for messages.
+        values: Role to value.
+    """
+
+    place: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """The rows to take examples from.
+
+    Attributes:
+        name: As given on the command line.
+        split: The split.
+        rows: All rows.
+        columns: Role to column name.
+        is_stream: Whether it is one running text, and not one example a row.
+        labels: Label values of `"seq-cls"`, in the order of their ids.
+        label_names: Their names.
+        sha256: Of the file, if it is one.
+    """
+
+    name: str
+    split: str
+    rows: Dataset
+    columns: Mapping[str, str]
+    is_stream: bool = False
+    labels: Sequence[str | int] = field(default=())
+    label_names: Sequence[str] = field(default=())
+    sha256: str | None = None
+
+    def draw(self, count: int, seed: int) -> list[Row]:
+        """Draw rows at random, without repetition.
+
+        Args:
+            count: How many; all rows, in random order, if there are fewer.
+            seed: Decides which.
+
+        Returns:
+            The rows.
+        """
+        # `sample` and not `Dataset.shuffle`, because messages name the row's number in the file.
+        numbers = random.Random(seed).sample(range(len(self.rows)), min(count, len(self.rows)))
+        return [self._row(number) for number in numbers]
+
+    def identity(self) -> dict[str, Any]:
+        """What tells later which data it was, as JSON values."""
+        return {
+            "name": self.name,
+            "split": self.split,
+            "rows": len(self.rows),
+            "columns": dict(self.columns),
+            "sha256": self.sha256,
+        }
+
+    def _row(self, number: int) -> Row:
+        values = self.rows[number]
+        by_role = {role: values[column] for role, column in self.columns.items()}
+        return Row(f"row {number + 1} of {self.name}", by_role)
+
+
+def require_data(name: str) -> None:
+    """Refuse what cannot be data, without reading it.
+
+    Args:
+        name: DATA as given on the command line.
+
+    Raises:
+        CommandError: If it is a file of an unknown type, or a path that does not exist.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.is_file():
+        if path.suffix.lower() not in _READERS:
+            raise CommandError(f"{name}: unknown type of data file (known: {', '.join(_READERS)})")
+    elif looks_like_path(name) or path.suffix.lower() in _READERS:
+        raise CommandError(f"{name}: no such file")
+
+
+def load_data(
+    name: str, split: str, subset: str | None, task: Task, column_names: Mapping[str, str]
+) -> CalibrationData:
+    """Read a file or a data set of the hub, and find out what its columns mean.
+
+    Args:
+        name: DATA as given on the command line.
+        split: Split, or part of one, such as `train[:1000]`.
+        subset: Configuration of a data set of the hub, if it has several.
+        task: Decides which columns are needed.
+        column_names: Role to column name, as far as given.
+
+    Returns:
+        The data.
+
+    Raises:
+        CommandError: If it cannot be read, has no rows, or lacks the columns or labels.
+        OSError: If the file cannot be read.
+    """
+    require_data(name)
+    rows = _read(name, split, subset)
+    if len(rows) == 0:
+        raise CommandError(f"{name} has no rows in split {split!r}.")
+    columns = find_columns(name, rows.column_names, task, column_names)
+    is_file = Path(name).is_file()
+    values, names = _labels(name, rows, columns["label"]) if "label" in columns else ((), ())
+    return CalibrationData(
+        name=name,
+        split=split,
+        rows=rows,
+        columns=columns,
+        is_stream=is_file and Path(name).suffix.lower() == _STREAM_SUFFIX,
+        labels=values,
+        label_names=names,
+        sha256=sha256(Path(name)) if is_file else None,
+    )
+
+
+def find_columns(name: str, found: Sequence[str], task: Task, column_names: Mapping[str, str]) -> dict[str, str]:
+    """Decide which column plays which role.
+
+    Args:
+        name: Of the data, for messages.
+        found: Columns of the data.
+        task: Decides which roles are needed.
+        column_names: Role to column name, as far as given; other roles have the column of their own name.
+
+    Returns:
+        Role to column name.
+
+    Raises:
+        CommandError: If a named column does not exist, or nothing fits.
+    """
+    for role, column in column_names.items():
+        if column not in found:
+            raise CommandError(f"{name} has no column {column!r} to be the {role}; it has {_listed(found)}.")
+    for roles in _FORMATS[task]:
+        columns = {role: column_names.get(role, role) for role in roles}
+        if set(column_names) <= set(roles) and set(columns.values()) <= set(found):
+            return columns
+    header = " (from its first line)" if Path(name).suffix.lower() in (".csv", ".tsv") else ""
+    needed = ", or ".join(" and ".join(roles) for roles in _FORMATS[task])
+    raise CommandError(
+        f"{name} has the columns {_listed(found)}{header}; --task {task} needs {needed}. Say which column is which, "
+        f"for example: {_column_example(task, found)}"
+    )
+
+
+def _read(name: str, split: str, subset: str | None) -> Dataset:
+    path = Path(name)
+    if path.is_file():
+        builder, arguments = _READERS[path.suffix.lower()]
+        arguments = {"data_files": str(path), **arguments}
+    else:
+        builder, arguments = name, ({} if subset is None else {"name": subset})
+    try:
+        rows = datasets.load_dataset(builder, split=split, **arguments)
+    except DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        raise CommandError(f"{name} cannot be read: {cause}") from error
+    except (ValueError, FileNotFoundError) as error:
+        raise CommandError(f"{name} cannot be loaded: {error}") from error
+    return cast(Dataset, rows)
+
+
+def _labels(name: str, rows: Dataset, column: str) -> tuple[Sequence[str | int], Sequence[str]]:
+    """Label values in the order of their ids, and their names."""
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return range(feature.num_classes), list(feature.names)
+    values = rows.unique(column)
+    if None in values:
+        row = list(rows[column]).index(None) + 1
+        raise CommandError(f"Row {row} of {name} has no value in column {column!r}.")
+    if not all(isinstance(value, (str, int)) for value in values):
+        raise CommandError(f"Column {column!r} of {name} holds {feature.dtype}; labels are words or whole numbers.")
+    if "" in values:
+        row = list(rows[column]).index("") + 1
+        raise CommandError(f"Row {row} of {name} has an empty label in column {column!r}.")
+    if len(values) < 2:
+        raise CommandError(f"Column {column!r} of {name} holds one label only; classification needs two or more.")
+    labels = sorted(values)
+    return labels, [str(label) for label in labels]
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(_excerpt(column) for column in columns)
+
+
+def _excerpt(column: str) -> str:
+    return repr(column if len(column) <= _MAX_COLUMN_LENGTH else f"{column[:_MAX_COLUMN_LENGTH]}…")
+
+
+def _column_example(task: Task, found: Sequence[str]) -> str:
+    wanted = next((roles for roles in reversed(_FORMATS[task]) if len(roles) >= 2), ("text",))
+    roles = wanted if len(found) >= len(wanted) else ("text",)
+    return " ".join(f"--column {role}={_excerpt(column)}" for role, column in zip(roles, found, strict=False))

@@ -1,0 +1,259 @@
+"""MODEL on the command line: a hub id, a local folder or a GGUF file, and what is loaded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from packaging.version import Version
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from .errors import CommandError, warn
+from .file_hash import sha256
+
+Task = Literal["causal-lm", "seq-cls"]
+TASKS: tuple[str, ...] = get_args(Task)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_MODEL_CLASSES = {"causal-lm": AutoModelForCausalLM, "seq-cls": AutoModelForSequenceClassification}
+PEFT_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
+_DTYPE_ARGUMENT = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+_MAX_NAMES_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: As given on the command line.
+        location: Hub id or folder.
+        gguf_file: Name of the GGUF file in the folder, if it is one.
+    """
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+
+    @property
+    def pretrained_arguments(self) -> dict[str, str]:
+        """Keyword arguments of every `from_pretrained`."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    def identity(self, model: Any) -> dict[str, Any]:
+        """What tells later which model it was.
+
+        Args:
+            model: The loaded model.
+
+        Returns:
+            JSON values.
+
+        Raises:
+            OSError: If the file cannot be read again.
+        """
+        return {
+            "name": self.name,
+            "class": type(model).__name__,
+            "revision": getattr(model.config, "_commit_hash", None),
+            "sha256": sha256(Path(self.location) / self.gguf_file) if self.gguf_file else None,
+        }
+
+
+def find_model(name: str) -> ModelSource:
+    """Decide what MODEL is, without loading anything.
+
+    Args:
+        name: As given on the command line.
+
+    Returns:
+        The source.
+
+    Raises:
+        CommandError: If it is a file or folder without a model, or a path that does not exist.
+    """
+    path = Path(name)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CommandError(f"{name} is no model: give a GGUF file, or the folder with the config.json.")
+        return ModelSource(name, str(path.parent), path.name)
+    if path.is_dir():
+        _require_model_folder(name, path)
+        return ModelSource(name, name)
+    if looks_like_path(name) or path.suffix.lower() == ".gguf":
+        raise CommandError(f"{name}: no such file or folder")
+    return ModelSource(name, name)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name that is no existing path was meant as one, and not as a name on the hub.
+
+    Args:
+        name: As given on the command line.
+
+    Returns:
+        Whether it cannot be a name on the hub, which is `name` or `owner/name`.
+    """
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, ready to pad on the right.
+
+    Args:
+        source: The model's source.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        CommandError: If it cannot be loaded, there is none, or it has no token to pad with.
+    """
+    with _naming(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.pretrained_arguments)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise CommandError(f"{source.name} has no tokenizer: save one beside the model.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise CommandError(f"The tokenizer of {source.name} has neither a padding nor an end-of-sequence token.")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(
+    source: ModelSource,
+    task: Task,
+    dtype: str,
+    device: torch.device,
+    labels: Sequence[str],
+    pad_token_id: int,
+    show_progress_bar: bool,
+) -> Any:
+    """Load the model onto its device.
+
+    Args:
+        source: Its source.
+        task: Decides the class of the model.
+        dtype: `"auto"` or the name of a torch dtype.
+        device: Where to.
+        labels: Names of the classes of `"seq-cls"`, in the order of their ids.
+        pad_token_id: The id that sequences are padded with.
+        show_progress_bar: Whether transformers may show one.
+
+    Returns:
+        The model.
+
+    Raises:
+        CommandError: If it cannot be read, or transformers has no class for it.
+        RuntimeError: If the weights do not fit the class.
+    """
+    arguments: dict[str, Any] = {
+        **source.pretrained_arguments,
+        _DTYPE_ARGUMENT: dtype if dtype == "auto" else getattr(torch, dtype),
+    }
+    if task == "seq-cls":
+        arguments |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
+    model_class: Any = _MODEL_CLASSES[task]
+    # The bar of the conversion from GGUF obeys no setting.
+    with _naming(source), nullcontext() if show_progress_bar else redirect_stderr(StringIO()):
+        model, loading = model_class.from_pretrained(source.location, output_loading_info=True, **arguments)
+    _warn_of_random_weights(source.name, sorted(loading["missing_keys"]))
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = pad_token_id
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def default_target_modules(model: Any) -> set[str] | str:
+    """What PEFT targets in this architecture if nothing is said.
+
+    It is written out in the adapter's config, because another version of PEFT may have other defaults.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Target modules for `LoraConfig`.
+
+    Raises:
+        CommandError: If PEFT has no default for it.
+    """
+    model_type = model.config.model_type
+    targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+    if targets is None:
+        raise CommandError(
+            f"PEFT has no default target modules for the architecture {model_type!r}: "
+            "give --target-modules, for example --target-modules all-linear."
+        )
+    return targets if isinstance(targets, str) else set(targets)
+
+
+def require_fitting_tokens(model: Any, longest: int, largest_id: int) -> None:
+    """Refuse sequences that the model cannot take, before an index is out of range somewhere inside.
+
+    Args:
+        model: The model.
+        longest: Tokens of the longest sequence.
+        largest_id: Largest token id.
+
+    Raises:
+        CommandError: If there are fewer positions or fewer embeddings.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        raise CommandError(
+            f"The longest example has {longest} tokens, but the model has {positions} positions: "
+            f"give --max-length {positions}."
+        )
+    embeddings: nn.Module = model.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None)
+    if isinstance(vocabulary, int) and largest_id >= vocabulary:
+        raise CommandError(
+            f"The tokenizer gives token {largest_id}, but the model has embeddings for {vocabulary} tokens: "
+            "tokenizer and model do not belong together."
+        )
+
+
+@contextmanager
+def _naming(source: ModelSource) -> Iterator[None]:
+    """Say of what an error is, because the messages of transformers do not always."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise CommandError(f"{source.name} cannot be loaded: {error}") from error
+
+
+def _require_model_folder(name: str, folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise CommandError(f"{name} is an adapter, not a model: give the base model.")
+    gguf_files = sorted(path.name for path in folder.glob("*.gguf"))
+    if gguf_files:
+        raise CommandError(f"{name} has no config.json: give the GGUF file itself, such as {folder / gguf_files[0]}.")
+    raise CommandError(f"{name} is no model: the folder has no config.json.")
+
+
+def _warn_of_random_weights(name: str, missing: Sequence[str]) -> None:
+    if not missing:
+        return
+    shown = ", ".join(missing[:_MAX_NAMES_SHOWN]) + (", …" if len(missing) > _MAX_NAMES_SHOWN else "")
+    warn(f"{name} lacks {len(missing)} weights of this task, which start at random values: {shown}.")

@@ -1,0 +1,70 @@
+"""The output folder: checked before the work, written completely or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import CommandError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ALLOCATION = "fim_allocation.json"
+RANK_MAP = "rank_map.png"
+FILES = (ADAPTER_CONFIG, ALLOCATION, RANK_MAP)
+
+
+def require_writable(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that could not be written in the end.
+
+    Args:
+        folder: The output folder.
+        overwrite: Whether our files in it may be replaced.
+
+    Raises:
+        CommandError: If it is a file, holds something and may not be overwritten, or cannot be written.
+        OSError: If it cannot be read.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"{folder} exists and is no folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise CommandError(f"{folder} is not empty: give another --output, or --overwrite to replace our files in it.")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise CommandError(f"{folder} cannot be made: {existing} is no folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CommandError(f"{existing}: Permission denied")
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Collect files in a temporary folder, and move them to `folder` when all are there.
+
+    The temporary folder lies beside `folder` if that does not exist yet, and in it otherwise, so that both are on
+    the same file system. An exception leaves neither it nor anything new in `folder`.
+
+    Args:
+        folder: Where the files go; other files in it stay.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        OSError: If something cannot be written or moved.
+    """
+    folder = folder.resolve()
+    is_new = not folder.exists()
+    place = folder.parent if is_new else folder
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=".fim-lora-") as temporary:
+        # One level deeper, because a temporary directory is private, and the result should not be.
+        stage = Path(temporary) / "files"
+        stage.mkdir()
+        yield stage
+        if is_new:
+            stage.replace(folder)
+            return
+        for file in sorted(stage.iterdir()):
+            file.replace(folder / file.name)

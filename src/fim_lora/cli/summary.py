@@ -1,0 +1,100 @@
+"""What is printed about an allocation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..allocation import budget_of
+from ..layer_grid import LayerGrid, layer_grids
+from ..rank_allocation import RankAllocation
+
+# Layers listed at each end of the order of sensitivity.
+_NUM_EXTREMES = 5
+# Without a terminal there is no width to keep to; a table should not be folded then.
+_WIDTH_WITHOUT_TERMINAL = 200
+
+
+def make_console() -> Console:
+    """The console for standard output.
+
+    Returns:
+        The console.
+    """
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
+
+
+def print_summary(console: Console, allocation: RankAllocation, facts: Mapping[str, str]) -> None:
+    """Print budget and use, ranks, and the least and most sensitive layers.
+
+    Args:
+        console: Where to.
+        allocation: The allocation.
+        facts: Further lines, heading to text.
+    """
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for heading, text in (_facts(allocation) | dict(facts)).items():
+        table.add_row(heading, escape(text))
+    console.print(table)
+    console.print()
+    for grid in layer_grids(allocation.ranks):
+        console.print(f"[bold]{escape(f'Ranks in {grid.stack}' if grid.stack else 'Ranks of other layers')}[/bold]")
+        console.print(_rank_table(grid, allocation.ranks))
+    for heading, names in _extremes(allocation).items():
+        console.print(f"[bold]{heading}[/bold]")
+        console.print(_sensitivity_table(names, allocation))
+
+
+def _facts(allocation: RankAllocation) -> dict[str, str]:
+    uniform = budget_of(dict.fromkeys(allocation.ranks, allocation.r), "parameters", allocation.scores.shapes)
+    unit = "ranks" if allocation.fim_config.budget == "rank" else "parameters"
+    ranks = allocation.ranks.values()
+    return {
+        "Budget": f"{allocation.budget_used:,} of {allocation.budget:,} {unit} used",
+        "Ranks": f"{min(ranks)} to {max(ranks)} in {len(ranks)} layers (uniform: {allocation.r})",
+        "Adapter": f"{allocation.num_parameters:,} parameters (uniform: {uniform:,})",
+        "eFIM": f"{allocation.num_examples:,} examples in {allocation.num_batches:,} batches",
+    }
+
+
+def _rank_table(grid: LayerGrid, ranks: Mapping[str, int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("depth", justify="right", style="dim")
+    for kind in grid.kinds:
+        table.add_column(escape(kind), justify="right", overflow="fold")
+    for depth in grid.depths:
+        names = [grid.cells.get((depth, kind)) for kind in grid.kinds]
+        cells = ["" if name is None else str(ranks[name]) for name in names]
+        table.add_row("–" if depth is None else str(depth), *cells)
+    return table
+
+
+def _extremes(allocation: RankAllocation) -> dict[str, list[str]]:
+    """Heading to layers."""
+    by_score = sorted(allocation.scores, key=lambda name: (allocation.scores[name].mean, name))
+    if len(by_score) <= 2 * _NUM_EXTREMES:
+        return {"Layers from least to most sensitive": by_score}
+    return {
+        f"{_NUM_EXTREMES} least sensitive layers": by_score[:_NUM_EXTREMES],
+        f"{_NUM_EXTREMES} most sensitive layers": by_score[-_NUM_EXTREMES:],
+    }
+
+
+def _sensitivity_table(names: Sequence[str], allocation: RankAllocation) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("± standard error", justify="right", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
+    for name in names:
+        score = allocation.scores[name]
+        error = "unknown" if score.standard_error is None else f"{score.standard_error:.2g}"
+        table.add_row(escape(name), f"{score.mean:.3g}", error, str(allocation.ranks[name]))
+    return table

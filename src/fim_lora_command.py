@@ -1,0 +1,37 @@
+"""The console script `fim-lora`.
+
+A module of its own, because importing the package takes seconds: Ctrl-C meanwhile, or a missing library, must end in
+one line as it does later.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Command-line arguments without the program name; `None` for those of the process.
+
+    Returns:
+        Exit code: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    try:
+        from fim_lora.cli.app import run
+    except ModuleNotFoundError as error:
+        print(
+            f"fim-lora: error: The command needs more than the library ({error}). "
+            "Install it with: pip install 'fim-lora[cli]'",
+            file=sys.stderr,
+        )
+        return 1
+    except ImportError as error:
+        print(f"fim-lora: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fim-lora: interrupted", file=sys.stderr)
+        return 130
+    return run(arguments)
