@@ -1,0 +1,333 @@
+"""What `cost.py` measures: a model, batches of real text, and the methods as functions over them."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import peft
+import torch
+from peft import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict, get_peft_model
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fim_lora import FimConfig, FimScores, estimator, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora.gradient_norms import squared_norms
+
+Batch = dict[str, Tensor]
+Run = Callable[[], None]
+
+TEXT_MODULES = (
+    "argparse", "collections", "configparser", "datetime", "decimal", "difflib", "email.message", "fractions",
+    "functools", "heapq", "itertools", "logging", "mailbox", "optparse", "pathlib", "pickle", "random", "shutil",
+    "statistics", "string", "subprocess", "tarfile", "textwrap", "threading", "typing", "unittest", "zipfile",
+)  # fmt: skip
+"""Modules of the standard library whose docstrings are the text if none is given."""
+
+
+# --- Model and batches -------------------------------------------------------------------------------------------
+
+
+def load_model(source: str, device: torch.device) -> tuple[nn.Module, Any]:
+    """Load a causal language model in float32, and its tokenizer.
+
+    Args:
+        source: Hub id, local folder or GGUF file.
+        device: Where to put the model.
+
+    Returns:
+        Model and tokenizer.
+    """
+    path, options = source, {}
+    if source.endswith(".gguf"):
+        path, options = str(Path(source).parent), {"gguf_file": Path(source).name}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).to(device)
+    model.config.use_cache = False  # as in training; the cache would count as memory of the first forward pass
+    return model, AutoTokenizer.from_pretrained(path, **options)
+
+
+def standard_library_text() -> Iterator[str]:
+    """Docstrings of `TEXT_MODULES`, of their public members and of the members of their classes.
+
+    Yields:
+        One docstring after the other.
+    """
+    for module_name in TEXT_MODULES:
+        module = importlib.import_module(module_name)
+        yield from _docstrings(module, module_name)
+
+
+def _docstrings(owner: Any, module_name: str) -> Iterator[str]:
+    if owner.__doc__:
+        yield inspect.cleandoc(owner.__doc__)
+    for name, member in sorted(vars(owner).items()):
+        if name.startswith("_") or getattr(member, "__module__", None) != module_name:
+            continue
+        if inspect.isclass(member):
+            yield from _docstrings(member, module_name)
+        elif inspect.isfunction(member) and member.__doc__:
+            yield inspect.cleandoc(member.__doc__)
+
+
+def make_batches(
+    tokenizer: Any, data: Path | None, batch_size: int, length: int, batches: int, device: torch.device
+) -> list[Batch]:
+    """Concatenate the text and cut it, so that every sequence has the same length and no padding.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        data: Text file; `None` for docstrings of the standard library.
+        batch_size: Sequences in a batch.
+        length: Tokens in a sequence.
+        batches: Number of batches.
+        device: Where to put them.
+
+    Returns:
+        Batches with labels.
+
+    Raises:
+        ValueError: If there is too little text.
+    """
+    texts = standard_library_text() if data is None else iter([data.read_text(encoding="utf-8")])
+    needed = batches * batch_size * length
+    tokens: list[int] = []
+    for text in texts:
+        if len(tokens) >= needed:
+            break
+        tokens.extend(tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"])
+    if len(tokens) < needed:
+        raise ValueError(f"The text has {len(tokens)} tokens, but {needed} are needed: give a longer one as --data.")
+    ids = torch.tensor(tokens[:needed], device=device).reshape(batches, batch_size, length)
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x.clone()} for x in ids]
+
+
+def tiny_batches(batches: list[Batch]) -> list[Batch]:
+    """One batch of one sequence of a few tokens, to warm up with."""
+    return [{name: tensor[:1, :8] for name, tensor in batches[0].items()}]
+
+
+# --- Methods -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what to adapt in it.
+
+    Attributes:
+        model: The base model. A run works on a copy of the modules that shares the tensors, so nothing of it stays,
+            except that the weights are frozen, as every method would have them.
+        target_modules: Module names, as PEFT's `target_modules`; not "all-linear", which LoRA-GA does not take.
+        rank: LoRA rank.
+    """
+
+    model: nn.Module
+    target_modules: list[str]
+    rank: int
+
+    def copy_of_model(self) -> nn.Module:
+        """The model with modules of its own, which share the parameters and buffers."""
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return copy.deepcopy(self.model, shared)
+
+    def config(self, **options: Any) -> LoraConfig:
+        """A LoRA config for the targets, at the rank."""
+        return LoraConfig(
+            r=self.rank, lora_alpha=2 * self.rank, target_modules=self.target_modules, task_type="CAUSAL_LM", **options
+        )
+
+    def adapter(self, **options: Any) -> PeftModel:
+        """A copy of the model with a new adapter, in training mode."""
+        model: PeftModel = get_peft_model(self.copy_of_model(), self.config(**options))
+        return model.train()
+
+    def fim_adapter(self, batches: list[Batch]) -> PeftModel:
+        """An adapter that awaits its ranks from so many batches."""
+        return self.adapter(init_lora_weights="fim", fim_config=FimConfig(fim_calibration_batches=len(batches)))
+
+
+def resolved_targets(model: nn.Module, target_modules: list[str], rank: int) -> list[str]:
+    """The names that PEFT makes of "all-linear"; other names are returned as they are.
+
+    Args:
+        model: The base model; not changed.
+        target_modules: Names, or only "all-linear".
+        rank: LoRA rank.
+
+    Returns:
+        Names.
+    """
+    if target_modules != ["all-linear"]:
+        return target_modules
+    config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(Case(model, [], rank).copy_of_model(), config)
+    return sorted(adapted.peft_config["default"].target_modules)
+
+
+def number_of_layers(case: Case) -> int:
+    """How many layers the targets are."""
+    return len(case.adapter().targeted_module_names)
+
+
+def forward_backward(model: nn.Module, batches: list[Batch]) -> None:
+    """A training loop without an optimizer."""
+    for batch in batches:
+        model(**batch).loss.backward()
+
+
+def prepare_lora(case: Case, batches: list[Batch]) -> Run:
+    """Plain LoRA in training: forward and backward pass over the batches."""
+    model = case.adapter()
+    return lambda: forward_backward(model, batches)
+
+
+def prepare_fim_dataloader(case: Case, batches: list[Batch]) -> Run:
+    """The calibration over a dataloader, on an adapter that awaits its ranks."""
+    model = case.fim_adapter(batches)
+    return lambda: _calibrate(model, batches)
+
+
+def _calibrate(model: nn.Module, batches: list[Batch]) -> None:
+    get_fim_scores(model, batches, show_progress_bar=False)
+
+
+def prepare_fim_own_loop(case: Case, batches: list[Batch]) -> Run:
+    """The user's own forward and backward passes, watched by the hooks of the adapter."""
+    model = case.fim_adapter(batches)
+    return lambda: forward_backward(model, batches)
+
+
+@dataclass
+class EvaRun:
+    """EVA over the batches, which counts how often it calls the model.
+
+    Attributes:
+        model: A model with an adapter that awaits EVA.
+        batches: The batches, which are gone round.
+        forward_passes: Calls so far.
+    """
+
+    model: PeftModel
+    batches: list[Batch]
+    forward_passes: int = 0
+
+    def __call__(self) -> None:
+        """Go round the batches until every component has converged."""
+        get_eva_state_dict(self.model, self.batches, forward_fn=self._forward, show_progress_bar=False)
+
+    def _forward(self, model: nn.Module, batch: Batch) -> Any:
+        self.forward_passes += 1
+        return model(**batch)
+
+
+def prepare_eva(case: Case, batches: list[Batch]) -> EvaRun:
+    """EVA's incremental SVD of the inputs; it goes round the batches until every component has converged."""
+    return EvaRun(case.adapter(init_lora_weights="eva", eva_config=EvaConfig()), batches)
+
+
+def prepare_lora_ga(case: Case, batches: list[Batch]) -> Run:
+    """LoRA-GA's gradients of the full weights, on a model without an adapter."""
+    model = case.copy_of_model().train()
+    config = case.config(init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())
+    return lambda: lora.preprocess_loraga(model, config, lambda: forward_backward(model, batches))
+
+
+def prepare_frozen(case: Case, batches: list[Batch]) -> Run:
+    """What a calibration would be without its hooks: the graph of a frozen model, in eval mode.
+
+    The embeddings are made to require a gradient, because otherwise there would be no graph.
+    """
+    model: Any = case.copy_of_model().eval()
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    return lambda: forward_backward(model, batches)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        label: How the table calls it.
+        prepare: Builds what a run needs, which is not timed, and returns the run.
+    """
+
+    label: str
+    prepare: Callable[[Case, list[Batch]], Run]
+
+
+METHODS = {
+    "lora": Method("plain LoRA, forward + backward", prepare_lora),
+    "fim-dataloader": Method("FIM calibration, dataloader", prepare_fim_dataloader),
+    "fim-own-loop": Method("FIM hooks in a LoRA loop", prepare_fim_own_loop),
+    "eva": Method("EVA until convergence", prepare_eva),
+    "lora-ga": Method("LoRA-GA gradients", prepare_lora_ga),
+}
+"""Name to method, in the order of the table; the first is the reference."""
+
+if not hasattr(peft, "LoraGAConfig"):  # the oldest supported PEFT has no LoRA-GA
+    del METHODS["lora-ga"]
+
+REFERENCE, EVA, CALIBRATION = "lora", "eva", "fim-dataloader"
+
+
+# --- Parts of the calibration ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def timed_squared_norms(device: torch.device) -> Iterator[list[float]]:
+    """Time every call of `squared_norms`. On CUDA each is waited for, so use the sum only as a share.
+
+    Args:
+        device: Where the model is.
+
+    Yields:
+        Seconds of the calls so far.
+    """
+    seconds: list[float] = []
+
+    def timed(x: Tensor, g: Tensor) -> Tensor:
+        synchronize(device)
+        start = perf_counter()
+        norms = squared_norms(x, g)
+        synchronize(device)
+        seconds.append(perf_counter() - start)
+        return norms
+
+    with patch.object(estimator, "squared_norms", timed):
+        yield seconds
+
+
+def allocation_seconds(case: Case, batches: list[Batch], repeats: int) -> list[float]:
+    """Seconds from scores to an initialised adapter: allocation, rebuilding of the layers, new config.
+
+    Args:
+        case: The model.
+        batches: For the scores, which are not timed.
+        repeats: How often.
+
+    Returns:
+        Seconds of each repeat.
+    """
+    scores: FimScores = get_fim_scores(case.fim_adapter(batches), batches, show_progress_bar=False)
+    seconds = []
+    for _ in range(repeats):
+        model = case.fim_adapter(batches)
+        start = perf_counter()
+        initialize_lora_fim_ranks(model, fim_scores=scores)
+        seconds.append(perf_counter() - start)
+    return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, if it works asynchronously."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
