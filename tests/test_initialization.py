@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
 from fim_lora import FimConfig, FimScores, LayerScore, get_fim_scores, initialize_lora_fim_ranks
@@ -558,3 +559,29 @@ def test_given_layer_scores_keep_their_errors():
     allocation = initialize_lora_fim_ranks(fim_model(), fim_scores=scores)
     assert (allocation.num_batches, allocation.num_examples) == (2, 7)
     assert allocation.scores[NAMES[0]].standard_error == 0.5
+
+
+def test_replicated_layers_are_scored_in_the_adapted_model():
+    options = {"layer_replication": [(0, 2), (1, 2)], "target_modules": ("q_proj",)}
+    base = llama()
+    with pytest.raises(ValueError, match="With layer_replication"):
+        get_fim_scores(base, lm_batches(), fim_lora_config(**options))
+    assert base.config.num_hidden_layers == 2
+    allocation = initialize_lora_fim_ranks(fim_model(base, **options), lm_batches(), show_progress_bar=False)
+    assert len(allocation.ranks) == 3
+
+
+def test_an_adapter_unloaded_before_its_allocation_leaves_no_hooks_to_the_next():
+    model = fim_model()
+    base = model.unload()
+    model = get_peft_model(base, fim_lora_config())
+    run_own_loop(model)
+    assert not hooks_of(model)
+    initialize_lora_fim_ranks(model)
+    assert not any(name.startswith("_fim") for module in model.modules() for name in vars(module))
+
+
+def test_batches_of_tokenizers():
+    batches = [BatchEncoding(batch) for batch in lm_batches()]
+    by_encoding = initialize_lora_fim_ranks(fim_model(), batches, show_progress_bar=False)
+    assert by_encoding.ranks == initialize_lora_fim_ranks(fim_model(), lm_batches(), show_progress_bar=False).ranks

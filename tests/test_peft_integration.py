@@ -94,6 +94,11 @@ def test_derived_configs_are_what_they_were():
     config = AdaLoraConfig(total_step=10, target_modules=["q_proj"])
     assert "fim_config" not in {field.name for field in dataclasses.fields(config)}
     assert "fim_config" not in config.to_dict()
+    # PEFT takes any word for the initialisation of AdaLoRA; it is none of our business.
+    config = AdaLoraConfig(total_step=10, target_modules=["q_proj"], init_lora_weights="fim")
+    assert config.to_dict()["init_lora_weights"] == "fim"
+    model = get_peft_model(llama(), config)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 CONFIGS = """

@@ -16,6 +16,7 @@ from .gradient_norms import layer_type
 from .peft_integration import (
     adapter_layers,
     apply_allocation,
+    awaits_ranks,
     estimator_of,
     forget_estimator,
     lora_layers_disabled,
@@ -123,8 +124,9 @@ def get_fim_scores(
         Layer name, as in the base model, to score.
 
     Raises:
-        ValueError: If `peft_config` is missing or not a LoRA config, the adapter does not exist, nothing is
-            targeted, the dataloader is empty or its batches give no usable loss.
+        ValueError: If `peft_config` is missing, not a LoRA config or has `layer_replication` for a model without
+            adapters; if the adapter does not exist or nothing is targeted; if the dataloader is empty or its
+            batches give no usable loss.
         RuntimeError: If no batch had finite gradients, or the eFIM of every layer is zero.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
     """
@@ -135,6 +137,11 @@ def get_fim_scores(
         return _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar, own_loop)
     if peft_config is None:
         raise ValueError("The model has no adapter: pass a LoraConfig as `peft_config` to say what to score.")
+    if getattr(peft_config, "layer_replication", None):
+        raise ValueError(
+            "With layer_replication the layers exist only in the adapted model: call `get_peft_model` first and pass "
+            "its result."
+        )
     targets = resolve_targets(model, peft_config)
     return calibrate(model, targets, dataloader, _num_batches(peft_config), forward_fn, show_progress_bar)
 
@@ -184,7 +191,7 @@ def _given_score(name: str, score: LayerScore | float | Tensor, layer: nn.Module
 
 def _awaiting_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     config = _lora_config(model, adapter_name)
-    if config.init_lora_weights != "fim":
+    if not awaits_ranks(config):
         raise ValueError(
             f"Adapter {adapter_name!r} does not await FIM allocation: it has init_lora_weights="
             f"{config.init_lora_weights!r}, which is also so after an allocation. Create it with "

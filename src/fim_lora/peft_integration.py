@@ -101,13 +101,16 @@ def _extend_lora_config() -> None:
         return text if self.fim_config is None else f"{text[:-1]}, fim_config={self.fim_config!r})"
 
     def __post_init__(self: LoraConfig) -> None:
+        if "fim_config" not in self.__dataclass_fields__:  # a derived config, such as AdaLoraConfig
+            plain_post_init(self)
+            return
         if isinstance(self.fim_config, dict):
             self.fim_config = FimConfig(**self.fim_config)
         if self.fim_config is not None and not isinstance(self.fim_config, FimConfig):
             raise TypeError(f"`fim_config` must be a FimConfig, a dict or None, got {self.fim_config!r}.")
         with _presented_as_plain_lora(self):
             plain_post_init(self)
-        if self.init_lora_weights == "fim":
+        if awaits_ranks(self):
             self.fim_config = self.fim_config or FimConfig()
         elif self.fim_config is not None:
             warnings.warn(
@@ -131,11 +134,22 @@ def _extend_lora_config() -> None:
     LoraConfig.fim_config = None
 
 
+def awaits_ranks(config: LoraConfig) -> bool:
+    """Whether a config is that of an adapter that still waits for its ranks.
+
+    Args:
+        config: A LoRA config.
+
+    Returns:
+        Whether it has `init_lora_weights="fim"` and its class has a `fim_config`.
+    """
+    return config.init_lora_weights == "fim" and "fim_config" in config.__dataclass_fields__
+
+
 @contextmanager
 def _presented_as_plain_lora(config: LoraConfig) -> Iterator[None]:
     """Show PEFT, and whoever reads a written config, what an adapter without its ranks is: plain LoRA."""
-    awaiting = config.init_lora_weights == "fim"
-    if not awaiting:
+    if not awaits_ranks(config):
         yield
         return
     config.init_lora_weights = True
@@ -150,7 +164,7 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
         self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         config = self.peft_config[adapter_name]
-        if config.init_lora_weights != "fim":
+        if not awaits_ranks(config):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
             return
         # Before anything is changed: a layer without a defined eFIM raises here.
@@ -168,6 +182,7 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
 def _watch(tuner: LoraModel, model: nn.Module, adapter_name: str, fim_config: FimConfig) -> None:
     base_layers = {name: layer.get_base_layer() for name, layer in adapter_layers(model, adapter_name).items()}
     estimator = FisherEstimator(base_layers, fim_config.fim_calibration_batches)
+    forget_estimator(model, adapter_name)  # of an adapter of that name that was unloaded
     # Some PeftModels call the tuner, and it the `forward` of the model; others call the model itself.
     estimator.attach(tuner, model)
     model.__dict__.setdefault(_ESTIMATORS, {})[adapter_name] = estimator
@@ -232,6 +247,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     config.use_dora = False
+    config.layer_replication = None  # would change the config of the model, which the skeleton shares
     skeleton = _skeleton(model, {})
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -300,7 +316,10 @@ def estimator_of(model: nn.Module, adapter_name: str) -> FisherEstimator | None:
     Returns:
         The estimator, or `None`.
     """
-    return _estimators(model).get(adapter_name)
+    for module in model.modules():
+        if adapter_name in module.__dict__.get(_ESTIMATORS, {}):
+            return module.__dict__[_ESTIMATORS][adapter_name]
+    return None
 
 
 def forget_estimator(model: nn.Module, adapter_name: str) -> None:
@@ -310,16 +329,12 @@ def forget_estimator(model: nn.Module, adapter_name: str) -> None:
         model: The model.
         adapter_name: The adapter.
     """
-    estimator = _estimators(model).pop(adapter_name, None)
-    if estimator is not None:
-        estimator.detach()
-
-
-def _estimators(model: nn.Module) -> dict[str, FisherEstimator]:
     for module in model.modules():
-        if _ESTIMATORS in module.__dict__:
-            return module.__dict__[_ESTIMATORS]
-    return {}
+        estimators = module.__dict__.get(_ESTIMATORS, {})
+        if adapter_name in estimators:
+            estimators.pop(adapter_name).detach()
+            if not estimators:
+                del module.__dict__[_ESTIMATORS]
 
 
 # --- Resizing ---
