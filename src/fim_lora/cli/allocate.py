@@ -82,8 +82,16 @@ class AllocateOptions:
     device: torch.device
     seed: int
 
-    def lora_config(self) -> LoraConfig:
-        """The config of the adapter that awaits its ranks."""
+    def lora_config(self, model_name: str) -> LoraConfig:
+        """The config of the adapter that awaits its ranks.
+
+        Args:
+            model_name: What the model calls itself; PEFT warns if it is another name than in the config. For a GGUF
+                file it is the folder.
+
+        Returns:
+            The config.
+        """
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
@@ -91,7 +99,7 @@ class AllocateOptions:
             task_type=PEFT_TASK_TYPES[self.task],
             init_lora_weights="fim",
             fim_config=self.fim_config,
-            base_model_name_or_path=self.model,
+            base_model_name_or_path=model_name,
         )
 
 
@@ -134,7 +142,7 @@ def allocate(options: AllocateOptions, console: Console) -> None:
                 show_progress_bars,
             )
         require_fitting_tokens(model, examples.longest, examples.largest_id)
-        config = options.lora_config()
+        config = options.lora_config(model.name_or_path)
         if config.target_modules is None:
             config.target_modules = default_target_modules(model)
         with times.measure("calibrating"):
