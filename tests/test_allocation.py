@@ -56,7 +56,8 @@ def test_parameter_budget_is_never_exceeded(values, r, data):
     shapes = {name: (data.draw(sides), data.draw(sides)) for name in scores}
     exponent = data.draw(st.sampled_from([1.0, 0.5, 1 / 3, 2.0]))
     ranks = allocate_ranks(scores, r, budget="parameters", shapes=shapes, score_exponent=exponent)
-    used, allowed = budget_of(ranks, "parameters", shapes), r * sum(map(sum, shapes.values()))
+    costs = {name: sum(shape) for name, shape in shapes.items()}
+    used, allowed = budget_of(ranks, "parameters", costs), r * sum(costs.values())
     assert used <= allowed
     assert all(1 <= ranks[name] <= min(4 * r, *shapes[name]) for name in scores)
 
@@ -169,7 +170,29 @@ def test_no_rank_exceeds_a_side_of_its_layer():
         ({"scores": {"a": 1.0}, "r": {"a": 4, "z": 4}}, "`r` names 'z'"),
         ({"scores": {"a": 1.0}, "r": 4, "shapes": {"z": (2, 2)}}, "`shapes` lacks layer 'a'"),
         ({"scores": {"a": 1.0}, "r": 4, "r_min": 3, "shapes": {"a": (2, 9)}}, r"'a' of shape \(2, 9\)"),
-        ({"scores": {"a": 1.0}, "r": 4, "budget": "parameters"}, "needs `shapes`"),
+        ({"scores": {"a": 1.0}, "r": 4, "budget": "parameters"}, "needs `parameters_per_rank` or `shapes`"),
+        (
+            {"scores": {"a": 1.0}, "r": 4, "budget": "parameters", "shapes": {"z": (2, 2)}},
+            "`shapes` lacks layer 'a'",
+        ),
+        (
+            {"scores": {"a": 1.0}, "r": 4, "budget": "parameters", "parameters_per_rank": {"z": 2}},
+            "`parameters_per_rank` lacks layer 'a'",
+        ),
+        (
+            {"scores": {"a": 1.0}, "r": 4, "budget": "parameters", "parameters_per_rank": {"a": 0}},
+            "`parameters_per_rank` of layer 'a' must be a positive integer, got 0",
+        ),
+        ({"scores": {"a": 1.0}, "r": 4, "rank_steps": {}}, "`rank_steps` lacks layer 'a'"),
+        ({"scores": {"a": 1.0}, "r": 4, "rank_steps": {"a": 1.5}}, "`rank_steps` of layer 'a' .* got 1.5"),
+        (
+            {"scores": {"a": 1.0}, "r": 6, "rank_steps": {"a": 4}},
+            "'a' has base rank 6, but its rank must be a multiple of 4: .* rank_pattern",
+        ),
+        (
+            {"scores": {"a": 1.0}, "r": 4, "rank_steps": {"a": 4}, "shapes": {"a": (3, 9)}, "r_min": 0},
+            r"'a' of shape \(3, 9\) cannot have rank 4 or more in steps of 4",
+        ),
         ({"scores": {"a": 1.0}, "r": 4, "budget": "layers"}, "budget must be one of"),
         ({"scores": {"a": 1.0}, "r": 4, "score_exponent": 0.0}, "score_exponent must be positive"),
         ({"scores": {"a": 1.0}, "r": 4, "score_exponent": math.nan}, "score_exponent must be positive"),
@@ -179,6 +202,161 @@ def test_infeasible_input_is_named(arguments, message):
     arguments = dict(arguments)
     with pytest.raises(ValueError, match=message):
         allocate_ranks(arguments.pop("scores"), arguments.pop("r"), **arguments)
+
+
+@st.composite
+def stepped_problems(draw, most_layers=10, largest_factor=4):
+    """Layers whose ranks have steps: scores, and the options of `allocate_ranks`."""
+    scores = named(draw(st.lists(st.one_of(st.just(0.0), st.floats(1e-9, 1e9)), min_size=1, max_size=most_layers)))
+    # Few kinds of layer, so that there are equal ones to compare.
+    kind = st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 3), st.integers(1, 300), st.integers(0, 20))
+    kinds = draw(st.lists(kind, min_size=1, max_size=3))
+    layers = {name: draw(st.sampled_from(kinds)) for name in scores}
+    base_ranks = {name: step * factor for name, (step, factor, _, _) in layers.items()}
+    options = {
+        "r": base_ranks,
+        "r_min": draw(st.integers(0, min(base_ranks.values()))),
+        "r_max": draw(st.one_of(st.none(), st.integers(max(base_ranks.values()), largest_factor * 24))),
+        "budget": draw(st.sampled_from(["rank", "parameters"])),
+        "shapes": {name: (base_ranks[name] + room, 400) for name, (_, _, _, room) in layers.items()},
+        "parameters_per_rank": {name: cost for name, (_, _, cost, _) in layers.items()},
+        "rank_steps": {name: step for name, (step, _, _, _) in layers.items()},
+    }
+    return scores, options
+
+
+def upper_bounds(options):
+    """The largest multiple of its step that a layer may have, by trying them."""
+    most = {
+        name: min(4 * rank if options["r_max"] is None else options["r_max"], *options["shapes"][name])
+        for name, rank in options["r"].items()
+    }
+    steps = options["rank_steps"]
+    return {name: max(rank for rank in range(most[name] + 1) if rank % steps[name] == 0) for name in most}
+
+
+def left_of_budget(ranks, options):
+    costs = options["parameters_per_rank"] if options["budget"] == "parameters" else dict.fromkeys(ranks, 1)
+    return sum(costs[name] * (options["r"][name] - rank) for name, rank in ranks.items())
+
+
+@settings(max_examples=500, deadline=None)
+@given(stepped_problems())
+def test_steps_bounds_and_budget_hold(problem):
+    scores, options = problem
+    ranks, upper = allocate_ranks(scores, **options), upper_bounds(options)
+    assert list(ranks) == list(scores)
+    for name, rank in ranks.items():
+        assert rank % options["rank_steps"][name] == 0
+        assert options["r_min"] <= rank <= upper[name]
+    assert left_of_budget(ranks, options) >= 0
+
+
+@settings(max_examples=500, deadline=None)
+@given(stepped_problems())
+def test_no_step_of_a_layer_with_room_fits_into_what_is_left(problem):
+    scores, options = problem
+    ranks, upper = allocate_ranks(scores, **options), upper_bounds(options)
+    left, steps = left_of_budget(ranks, options), options["rank_steps"]
+    with_room = [name for name in ranks if ranks[name] < upper[name]]
+    if options["budget"] == "rank":
+        # A layer of step 1 with room thus means that nothing is left.
+        assert all(left < steps[name] for name in with_room)
+    elif with_room:
+        assert left < max(steps[name] * options["parameters_per_rank"][name] for name in ranks)
+
+
+@settings(max_examples=500, deadline=None)
+@given(stepped_problems())
+def test_higher_score_never_gets_lower_rank_among_equals_with_steps(problem):
+    scores, options = problem
+    ranks, upper = allocate_ranks(scores, **options), upper_bounds(options)
+    for one, other in itertools.permutations(scores, 2):
+        equal = upper[one] == upper[other] and all(
+            options[key][one] == options[key][other] for key in ("rank_steps", "parameters_per_rank")
+        )
+        if equal and scores[one] > scores[other]:
+            assert ranks[one] >= ranks[other]
+
+
+@settings(max_examples=200, deadline=None)
+@given(stepped_problems(), st.integers(-60, 60), st.randoms())
+def test_scale_and_order_do_not_matter_with_steps(problem, power, random):
+    scores, options = problem
+    ranks = allocate_ranks(scores, **options)
+    names = list(scores)
+    random.shuffle(names)
+    assert allocate_ranks({name: scores[name] * 2.0**power for name in names}, **options) == ranks
+
+
+@settings(max_examples=300, deadline=None)
+@given(any_scores, st.integers(1, 8), st.sampled_from([2, 4, 8]), st.data())
+def test_a_step_that_all_layers_share_is_a_unit(values, r, step, data):
+    r_min, r_max = data.draw(st.integers(0, r)), data.draw(st.integers(r, 4 * r))
+    scores = named(values)
+    in_units = allocate_ranks(scores, r, r_min=r_min, r_max=r_max)
+    steps = dict.fromkeys(scores, step)
+    # Bounds that are no multiples mean the multiples inside.
+    below, above = data.draw(st.integers(0, step - 1)), data.draw(st.integers(0, step - 1))
+    bounds = {"r_min": max(step * r_min - below, 0), "r_max": step * r_max + above}
+    ranks = allocate_ranks(scores, step * r, rank_steps=steps, **bounds)
+    assert ranks == {name: step * rank for name, rank in in_units.items()}
+    assert allocate_ranks(scores, r, r_min=r_min, r_max=r_max, rank_steps=dict.fromkeys(scores, 1)) == in_units
+
+
+@settings(max_examples=300, deadline=None)
+@given(scores_strategy, st.integers(1, 3), st.sampled_from([2, 3, 4]), st.data())
+def test_the_largest_step_is_rounded_within_its_share(values, factor, step, data):
+    """Every layer of the largest step is within one step of the exact solution, and together they are not above."""
+    scores = named(values)
+    steps = {name: data.draw(st.sampled_from([1, step])) for name in scores}
+    base_rank = step * factor
+    ranks = allocate_ranks(scores, base_rank, rank_steps=steps)
+    lower = [steps[name] for name in scores]
+    count = len(values)
+    exact = continuous_ranks(values, [1] * count, lower, [4 * base_rank] * count, base_rank * count)
+    exact = dict(zip(scores, exact, strict=True))
+    largest = [name for name in scores if steps[name] == step]
+    assert all(abs(ranks[name] - exact[name]) < step + 1e-6 for name in largest)
+    assert sum(ranks[name] for name in largest) <= sum(exact[name] for name in largest) + 1e-6
+
+
+def test_hand_computed_steps():
+    # λ = 8 / 4: a would have 6 and gets 4; what that saves goes to b.
+    assert allocate_ranks({"a": 3.0, "b": 1.0}, 4, rank_steps={"a": 4, "b": 1}) == {"a": 4, "b": 4}
+    # The bounds 1 and 7 mean 4 and 4 for a, so 2 of 8 are left for b and 2 for c.
+    ranks = allocate_ranks(
+        {"a": 9.0, "b": 1.0, "c": 1.0}, {"a": 4, "b": 2, "c": 2}, r_max=7, rank_steps={"a": 4, "b": 1, "c": 1}
+    )
+    assert ranks == {"a": 4, "b": 2, "c": 2}
+    # b is at its least, so λ = 10 / 4: a would have 7.5, b 4 and c 2.5. a and b may spend 11.5, that is two steps
+    # of 4; c gets the 6 that are left.
+    ranks = allocate_ranks(
+        {"a": 3.0, "b": 1.0, "c": 1.0}, {"a": 4, "b": 4, "c": 6}, rank_steps={"a": 4, "b": 4, "c": 2}
+    )
+    assert ranks == {"a": 4, "b": 4, "c": 6}
+    # Parameters: 4 · 10 + 4 · 1. a would have 4.19 and is rounded to 4, b gets the 4 left.
+    ranks = allocate_ranks(
+        {"a": 2.0, "b": 1.0},
+        4,
+        budget="parameters",
+        parameters_per_rank={"a": 10, "b": 1},
+        rank_steps={"a": 4, "b": 1},
+    )
+    assert ranks == {"a": 4, "b": 4}
+
+
+def test_parameters_per_rank_go_before_shapes():
+    shapes = {"a": (60, 60), "b": (20, 20)}
+    by_shapes = allocate_ranks({"a": 1.0, "b": 3.0}, 4, budget="parameters", shapes=shapes)
+    costs = {"a": 120, "b": 40}
+    swapped = dict.fromkeys(shapes, (50, 50))
+    by_costs = allocate_ranks({"a": 1.0, "b": 3.0}, 4, budget="parameters", shapes=swapped, parameters_per_rank=costs)
+    assert by_costs == by_shapes
+    assert budget_of(by_costs, "parameters", costs) == 2 * 120 + 8 * 40
+    assert budget_of(by_costs, "rank") == 10
+    with pytest.raises(ValueError, match="needs `parameters_per_rank`"):
+        budget_of(by_costs, "parameters")
 
 
 def test_scores_over_many_orders_of_magnitude():

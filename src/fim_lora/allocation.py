@@ -37,14 +37,16 @@ def allocate_ranks(
     budget: Budget = "rank",
     score_exponent: float = DEFAULT_SCORE_EXPONENT,
     shapes: Mapping[str, tuple[int, int]] | None = None,
+    parameters_per_rank: Mapping[str, int] | None = None,
+    rank_steps: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Divide the budget that uniform LoRA would spend among the layers, by their scores.
 
     The continuous solution is `r_i = clamp(λ · score_i ** score_exponent, r_min_i, r_max_i)` with the one λ for
-    which `Σ c_i r_i` equals the budget, where `c_i = 1` for `budget="rank"` and `c_i = d_in + d_out` for
-    `budget="parameters"`. Ranks are then rounded down, and what is left of the budget is given out by largest
-    remainder, one rank a layer. So every rank is within one of the continuous solution (but for layers of score
-    zero, see below), and:
+    which `Σ c_i r_i` equals the budget. `c_i` is 1 for `budget="rank"`; for `budget="parameters"` it is what one more
+    rank costs, which is `d_in + d_out` for a d_out × d_in matrix. Ranks are then rounded down, and what is left of the
+    budget is given out by largest remainder, one rank a layer. So every rank is within one of the continuous solution
+    (but for layers of score zero, see below), and:
 
     - a rank budget is used up exactly whenever the bounds allow it; a parameter budget is never exceeded, and
       what is left of it is less than the cost of one more rank for any layer that was rounded down;
@@ -54,64 +56,81 @@ def allocate_ranks(
     Layers of score zero get `r_min`. Only when every other layer is at its upper bound do they share what is left
     equally. The time is O(n log n).
 
+    Where the rank of a layer must be a multiple of a step, the distinct steps are handled from the largest to the
+    smallest: the budget left is divided among all layers not yet decided, and those of the largest step among them
+    are rounded to multiples of it, within what they got together. What the rounding saves goes to the layers of
+    smaller steps. Then a rank need not be within one of the continuous solution, but:
+
+    - every rank is a multiple of its step, within the bounds, and the budget is never exceeded;
+    - what is left of a rank budget is less than one more step of any layer below its upper bound, so a layer of
+      step 1 with room means that nothing is left; what is left of a parameter budget is less than the most
+      expensive step of a layer, unless all layers are at their upper bounds;
+    - a higher score never gets a lower rank among layers of equal bounds, cost and step.
+
     Args:
         scores: Non-negative sensitivity of each layer, for example `mean(F)` of its eFIM.
         r: The rank that uniform LoRA would use, or the base rank r_i⁰ of each layer. The budget is `Σ r_i⁰`,
-            or `Σ r_i⁰ (d_in + d_out)`.
-        r_min: Smallest rank of a layer, not below 0.
-        r_max: Largest rank of a layer; `None` means four times its base rank.
-        budget: `"rank"` or `"parameters"`; the latter needs `shapes`.
+            or `Σ r_i⁰ c_i`.
+        r_min: Smallest rank of a layer, not below 0; rounded up to a multiple of its step.
+        r_max: Largest rank of a layer; `None` means four times its base rank. Rounded down to a multiple of its
+            step.
+        budget: `"rank"` or `"parameters"`; the latter needs `parameters_per_rank` or `shapes`.
         score_exponent: Positive. If the marginal value of the k-th rank of layer i falls like `score_i · k^-p`,
             the optimum is `r_i ∝ score_i ** (1/p)`, so a value below 1 is the principled softening.
         shapes: `(d_out, d_in)` of each layer. If given, no rank exceeds `min(d_out, d_in)`.
+        parameters_per_rank: Adapter parameters that one more rank of each layer costs; `None` means
+            `d_in + d_out`. Only a parameter budget reads it.
+        rank_steps: Number that the rank of each layer must be a multiple of; `None` means 1 for all.
 
     Returns:
         The rank of each layer, in the order of `scores`.
 
     Raises:
-        ValueError: If there are no layers; if a score is negative, NaN or infinite; if `r`, the bounds and the
-            shapes cannot be satisfied together; if `r` or `shapes` does not name exactly the layers of `scores`;
-            or if an option is out of its range.
+        ValueError: If there are no layers; if a score is negative, NaN or infinite; if `r`, the bounds, the shapes
+            and the steps cannot be satisfied together; if a base rank is not a multiple of its step; if `r`,
+            `shapes`, `parameters_per_rank` or `rank_steps` does not name exactly the layers of `scores`; or if an
+            option is out of its range.
     """
     if not scores:
         raise ValueError("There are no layers to allocate ranks to: `scores` is empty.")
     if budget not in BUDGETS:
         raise ValueError(f"budget must be one of {BUDGETS}, got {budget!r}.")
-    if budget == "parameters" and shapes is None:
-        raise ValueError('budget="parameters" needs `shapes`: pass (d_out, d_in) of every layer.')
     if not (math.isfinite(score_exponent) and score_exponent > 0):
         raise ValueError(f"score_exponent must be positive and finite, got {score_exponent!r}.")
 
     # Sorted by name once, so that no later step can depend on the order of the dictionary.
     names = sorted(scores)
     base_ranks = _base_ranks(names, r)
-    lower, upper = _bounds(names, base_ranks, r_min, r_max, shapes)
-    costs = _costs(names, budget, shapes)
+    steps = _positive_integers(names, rank_steps, "rank_steps")
+    lower, upper = _bounds(names, base_ranks, r_min, r_max, shapes, steps)
+    if parameters_per_rank is None and shapes is not None:
+        parameters_per_rank = {name: sum(shape) for name, shape in shapes.items()}
+    costs = _costs(names, budget, parameters_per_rank)
     weights = _weights(names, scores, score_exponent)
     total = int((costs * base_ranks).sum())
 
-    continuous = _water_fill(weights, costs, lower, upper, total)
-    ranks = _round_by_largest_remainder(continuous, weights, costs, upper, total)
+    ranks = _integer_ranks(weights, costs, lower, upper, steps, total)
     by_name = dict(zip(names, ranks.tolist(), strict=True))
     return {name: by_name[name] for name in scores}
 
 
-def budget_of(ranks: Mapping[str, int], budget: Budget, shapes: Mapping[str, tuple[int, int]] | None = None) -> int:
-    """What these ranks cost: `Σ r_i`, or `Σ r_i (d_in + d_out)` adapter parameters.
+def budget_of(ranks: Mapping[str, int], budget: Budget, parameters_per_rank: Mapping[str, int] | None = None) -> int:
+    """What these ranks cost: `Σ r_i`, or `Σ r_i c_i` adapter parameters.
 
     Args:
         ranks: Rank of each layer.
         budget: `"rank"` or `"parameters"`.
-        shapes: `(d_out, d_in)` of each layer, needed for `"parameters"`.
+        parameters_per_rank: Adapter parameters that one rank of each layer costs, needed for `"parameters"`.
 
     Returns:
         The sum, in ranks or in parameters.
 
     Raises:
-        ValueError: If `shapes` is needed and missing, or lacks a layer.
+        ValueError: If `parameters_per_rank` is needed and missing, or does not name exactly the layers of `ranks`.
     """
     names = list(ranks)
-    return sum(cost * ranks[name] for name, cost in zip(names, _costs(names, budget, shapes).tolist(), strict=True))
+    costs = _costs(names, budget, parameters_per_rank).tolist()
+    return sum(cost * ranks[name] for name, cost in zip(names, costs, strict=True))
 
 
 def _base_ranks(names: Sequence[str], r: int | Mapping[str, int]) -> _Ints:
@@ -132,36 +151,64 @@ def _bounds(
     r_min: int,
     r_max: int | None,
     shapes: Mapping[str, tuple[int, int]] | None,
+    steps: _Ints,
 ) -> tuple[_Ints, _Ints]:
     if r_min < 0:
         raise ValueError(f"r_min must not be negative, got {r_min}.")
     lower = np.full(len(names), r_min, dtype=np.int64)
     upper = DEFAULT_R_MAX_FACTOR * base_ranks if r_max is None else np.full(len(names), r_max, dtype=np.int64)
-    for name, rank, most in zip(names, base_ranks.tolist(), upper.tolist(), strict=True):
+    for name, rank, most, step in zip(names, base_ranks.tolist(), upper.tolist(), steps.tolist(), strict=True):
         if rank < r_min:
             raise ValueError(f"Layer {name!r} has base rank {rank}, below r_min={r_min}: lower r_min or raise r.")
         if rank > most:
             raise ValueError(f"Layer {name!r} has base rank {rank}, above r_max={most}: raise r_max or lower r.")
-    if shapes is None:
-        return lower, upper
-    _require_same_names(names, shapes, "shapes")
-    smallest_sides = np.array([min(shapes[name]) for name in names], dtype=np.int64)
-    for name, side in zip(names, smallest_sides.tolist(), strict=True):
-        if side < max(r_min, 1):
+        if rank % step:
             raise ValueError(
-                f"Layer {name!r} of shape {tuple(shapes[name])} cannot have rank {max(r_min, 1)} or more: "
+                f"Layer {name!r} has base rank {rank}, but its rank must be a multiple of {step}: choose such an r, "
+                "or give the layer one by an entry in rank_pattern."
+            )
+    if shapes is not None:
+        _require_same_names(names, shapes, "shapes")
+        upper = np.minimum(upper, np.array([min(shapes[name]) for name in names], dtype=np.int64))
+    # Both stay on their side of the base rank, which is a multiple; only a shape can leave nothing between them.
+    lower, upper = -(-lower // steps) * steps, upper // steps * steps
+    if shapes is not None:
+        _require_room(names, np.maximum(lower, steps), upper, steps, shapes)
+    return lower, upper
+
+
+def _require_room(
+    names: Sequence[str], least: _Ints, upper: _Ints, steps: _Ints, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    for name, rank, most, step in zip(names, least.tolist(), upper.tolist(), steps.tolist(), strict=True):
+        if most < rank:
+            step_text = f" in steps of {step}" if step > 1 else ""
+            raise ValueError(
+                f"Layer {name!r} of shape {tuple(shapes[name])} cannot have rank {rank} or more{step_text}: "
                 "lower r_min or exclude the layer."
             )
-    return lower, np.minimum(upper, smallest_sides)
 
 
-def _costs(names: Sequence[str], budget: Budget, shapes: Mapping[str, tuple[int, int]] | None) -> _Ints:
+def _costs(names: Sequence[str], budget: Budget, parameters_per_rank: Mapping[str, int] | None) -> _Ints:
     if budget == "rank":
         return np.ones(len(names), dtype=np.int64)
-    if shapes is None:
-        raise ValueError('budget="parameters" needs `shapes`: pass (d_out, d_in) of every layer.')
-    _require_same_names(names, shapes, "shapes")
-    return np.array([sum(shapes[name]) for name in names], dtype=np.int64)
+    if parameters_per_rank is None:
+        raise ValueError(
+            'budget="parameters" needs `parameters_per_rank` or `shapes`: pass what one more rank of every layer '
+            "costs, or (d_out, d_in) of every layer."
+        )
+    return _positive_integers(names, parameters_per_rank, "parameters_per_rank")
+
+
+def _positive_integers(names: Sequence[str], given: Mapping[str, int] | None, argument: str) -> _Ints:
+    if given is None:
+        return np.ones(len(names), dtype=np.int64)
+    _require_same_names(names, given, argument)
+    for name in names:
+        value = given[name]
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"`{argument}` of layer {name!r} must be a positive integer, got {value!r}.")
+    return np.array([given[name] for name in names], dtype=np.int64)
 
 
 def _weights(names: Sequence[str], scores: Mapping[str, float], score_exponent: float) -> _Floats:
@@ -175,6 +222,34 @@ def _weights(names: Sequence[str], scores: Mapping[str, float], score_exponent: 
     if largest == 0:
         return values
     return cast(_Floats, (values / largest) ** score_exponent)
+
+
+def _integer_ranks(weights: _Floats, costs: _Ints, lower: _Ints, upper: _Ints, steps: _Ints, total: int) -> _Ints:
+    """Fill and round, the largest step first, so that smaller steps can use up what larger ones leave."""
+    ranks = lower.copy()
+    open_layers = np.arange(len(weights))
+    for step in np.unique(steps)[::-1].tolist():
+        continuous = _water_fill(
+            weights[open_layers], costs[open_layers], lower[open_layers], upper[open_layers], total
+        )
+        in_group = steps[open_layers] == step
+        group, open_layers = open_layers[in_group], open_layers[~in_group]
+        share = total
+        if len(open_layers):
+            share = _whole_budget((costs[group] * continuous[in_group]).tolist())
+            # Exact integers, so that a rounding error above cannot take what others need for their lower bounds.
+            share = min(share, total - int((costs * lower)[open_layers].sum()))
+        ranks[group] = step * _round_by_largest_remainder(
+            continuous[in_group] / step, weights[group], costs[group] * step, upper[group] // step, share
+        )
+        total -= int((costs * ranks)[group].sum())
+    return ranks
+
+
+def _whole_budget(spent: Sequence[float]) -> int:
+    """The largest integer not above the sum, but for rounding errors."""
+    exact = math.fsum(spent)
+    return math.floor(exact + _RANK_TOLERANCE * max(exact, 1.0))
 
 
 def _water_fill(weights: _Floats, costs: _Ints, lower: _Ints, upper: _Ints, total: int) -> _Floats:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 from .json_files import InvalidFileError, read_json, write_json
 
@@ -25,12 +25,17 @@ class LayerScore:
         num_examples: Examples averaged over. The whole batch counts as one where the input of the layer cannot
             be attributed to examples; 0 for scores that were given and not measured.
         shape: `(d_out, d_in)` of the weight.
+        parameters_per_rank: Adapter parameters that one more rank costs. `None` is replaced by `d_in + d_out`,
+            which is right for one d_out × d_in matrix.
+        rank_step: The rank must be a multiple of it, such as the groups of a grouped convolution in PEFT.
     """
 
     mean: float
     standard_error: float | None
     num_examples: int
     shape: tuple[int, int]
+    parameters_per_rank: int | None = None
+    rank_step: int = 1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and self.mean >= 0):
@@ -41,6 +46,12 @@ class LayerScore:
             raise ValueError(f"num_examples must not be negative, got {self.num_examples!r}.")
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise ValueError(f"shape must be (d_out, d_in) of positive integers, got {self.shape!r}.")
+        if self.parameters_per_rank is None:
+            object.__setattr__(self, "parameters_per_rank", sum(self.shape))  # the class is frozen
+        elif self.parameters_per_rank < 1:
+            raise ValueError(f"parameters_per_rank must be a positive integer, got {self.parameters_per_rank!r}.")
+        if self.rank_step < 1:
+            raise ValueError(f"rank_step must be a positive integer, got {self.rank_step!r}.")
 
 
 class FimScores(Mapping[str, LayerScore]):
@@ -91,6 +102,17 @@ class FimScores(Mapping[str, LayerScore]):
         """Layer name to `(d_out, d_in)`, as `allocate_ranks` takes it."""
         return {name: score.shape for name, score in self.items()}
 
+    @property
+    def parameters_per_rank(self) -> dict[str, int]:
+        """Layer name to `LayerScore.parameters_per_rank`, as `allocate_ranks` takes it."""
+        # A LayerScore that was made has a number.
+        return {name: cast(int, score.parameters_per_rank) for name, score in self.items()}
+
+    @property
+    def rank_steps(self) -> dict[str, int]:
+        """Layer name to `LayerScore.rank_step`, as `allocate_ranks` takes it."""
+        return {name: score.rank_step for name, score in self.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
         return {
@@ -114,15 +136,7 @@ class FimScores(Mapping[str, LayerScore]):
             TypeError: If something has the wrong type.
             ValueError: If a value is out of its range.
         """
-        layers = {
-            name: LayerScore(
-                mean=float(score["mean"]),
-                standard_error=None if score["standard_error"] is None else float(score["standard_error"]),
-                num_examples=int(score["num_examples"]),
-                shape=(int(score["shape"][0]), int(score["shape"][1])),
-            )
-            for name, score in content["layers"].items()
-        }
+        layers = {name: _layer_from_dict(score) for name, score in content["layers"].items()}
         return cls(layers, int(content["num_batches"]), int(content["num_skipped_batches"]))
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -155,3 +169,15 @@ class FimScores(Mapping[str, LayerScore]):
             return cls.from_dict(content)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise InvalidFileError(f"{path} is damaged: {error!r}. Compute the scores again.") from error
+
+
+def _layer_from_dict(content: Mapping[str, Any]) -> LayerScore:
+    standard_error, parameters_per_rank = content["standard_error"], content.get("parameters_per_rank")
+    return LayerScore(
+        mean=float(content["mean"]),
+        standard_error=None if standard_error is None else float(standard_error),
+        num_examples=int(content["num_examples"]),
+        shape=(int(content["shape"][0]), int(content["shape"][1])),
+        parameters_per_rank=None if parameters_per_rank is None else int(parameters_per_rank),
+        rank_step=int(content.get("rank_step", 1)),
+    )
