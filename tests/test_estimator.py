@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fim_lora.calibration import calibrate
 from fim_lora.estimator import FisherEstimator
-from fim_lora.examples import batch_size_of, by_example
+from fim_lora.examples import UnattributableError, batch_size_of, by_example
 from tiny_models import bert, class_batch, gpt2, llama, lm_batches, names_of, per_example_scores, t5, token_batch
 
 ARCHITECTURES = {
@@ -302,7 +302,8 @@ def test_rule_of_rows():
     x, g = torch.randn(6, 2), torch.randn(6, 3)
     assert by_example(x, g, 6)[0] is x
     assert by_example(x, g, 3)[0].shape == (3, 2, 2)
-    assert by_example(x, g, 4) is None
+    with pytest.raises(UnattributableError):
+        by_example(x, g, 4)
     assert by_example(torch.randn(5, 3, 2), torch.randn(5, 3, 4), 3)[1].shape == (3, 5, 4)
     assert by_example(torch.randn(2), torch.randn(3), 1)[1].shape == (1, 3)
 

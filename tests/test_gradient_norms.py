@@ -7,12 +7,9 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.pytorch_utils import Conv1D
 
 from fim_lora.gradient_norms import (
     gram_squared_norms,
-    layer_type,
-    linear_matrices,
     materialised_squared_norms,
     squared_norms,
 )
@@ -116,25 +113,6 @@ def test_half_precision_inputs_are_computed_in_single_precision():
 
 def test_no_positions_means_no_gradient():
     assert squared_norms(torch.ones(2, 0, 3), torch.ones(2, 0, 4)).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("layer", [nn.Linear(6, 4), Conv1D(4, 6)])
-def test_layer_types(layer):
-    x, g = torch.randn(3, 2, 5, 6), torch.randn(3, 2, 5, 4)
-    found = layer_type("layer", layer)
-    assert found.shape(layer) == (4, 6)
-    matrices = found.matrices(layer, x, g)
-    truth = per_example_gradients(layer, x, g).square().sum((1, 2)).float()
-    torch.testing.assert_close(squared_norms(*matrices), truth)
-
-
-def test_subclasses_are_found_and_others_named():
-    class Special(nn.Linear):
-        pass
-
-    assert layer_type("a", Special(2, 2)).matrices is linear_matrices
-    with pytest.raises(TypeError, match=r"'a\.b' is a .*LayerNorm.*exclude_modules"):
-        layer_type("a.b", nn.LayerNorm(2))
 
 
 def test_cancelling_gradients_stay_exact():

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .estimator import CAUSES_OF_NO_GRADIENT, FisherEstimator
 from .examples import batch_size_of
+from .layer_types import TargetLayer
 from .scores import FimScores
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -39,7 +40,7 @@ def forward_fn_default(model: nn.Module, batch: Any) -> Any:
 
 def calibrate(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, TargetLayer | nn.Module],
     dataloader: Iterable[Any],
     num_batches: int,
     forward_fn: ForwardFn | None = None,
@@ -52,7 +53,7 @@ def calibrate(
 
     Args:
         model: The model, with its adapters disabled.
-        layers: Name to base layer.
+        layers: Name to target layer, PEFT's LoRA layer or base layer.
         dataloader: Yields batches: mappings, tuples or tensors, with what the loss needs.
         num_batches: Batches to use. If there are fewer, those are used, with a warning.
         forward_fn: Takes model and batch, returns something with `.loss` or `["loss"]`, or a scalar loss.
@@ -71,7 +72,7 @@ def calibrate(
     device = _device_of(model)
     main_input_name = getattr(model, "main_input_name", None)
     with (
-        _frozen_in_eval_mode(model),
+        frozen_in_eval_mode(model),
         torch.enable_grad(),
         _attached(estimator),
         tqdm(total=num_batches, desc="eFIM", unit="batch", disable=not show_progress_bar) as progress,
@@ -136,14 +137,26 @@ def _attached(estimator: FisherEstimator) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no trained parameter; both are set back per module and per parameter."""
+def frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no trained parameter; both are set back per module and per parameter.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
     training = [(module, module.training) for module in model.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
         for parameter, _ in requires_grad:
             parameter.requires_grad_(False)
+        for module, _ in training:
+            if type(module).__module__.startswith("bitsandbytes."):
+                # In eval mode it may take kernels for inference, coarser and without a gradient. Nothing else in its
+                # layers depends on the mode.
+                module.training = True
         yield
     finally:
         for module, mode in training:

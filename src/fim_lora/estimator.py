@@ -1,8 +1,8 @@
 """`FisherEstimator`: hooks that turn forward and backward passes into running sums of the eFIM.
 
 A forward hook on each base layer notes its input, a hook on its output receives the gradient, and the two give the
-squared gradient norm of every example at once. The weight takes no part. What outlives a batch is three numbers per
-layer.
+squared gradient norm of every example at once, by the function of the layer's type. What outlives a batch is three
+numbers per layer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .examples import batch_size_of, by_example
-from .gradient_norms import layer_type, squared_norms
+from .calls import LayerCall, RandomState, SavedCall, input_of
+from .examples import UnattributableError, batch_size_of
+from .layer_types import TargetLayer, target_layer
 from .running_moments import RunningMoments
 from .scores import FimScores, LayerScore
 
@@ -41,17 +42,19 @@ class FisherEstimator:
     model without gradients, which is an evaluation and leaves no trace.
 
     Args:
-        layers: Name, as in the base model, to base layer.
+        layers: Name, as in the base model, to target layer, PEFT's LoRA layer or base layer.
         max_batches: After so many backward passes the hooks remove themselves; `None` for no limit.
 
     Raises:
-        TypeError: If a layer's class is not registered in `gradient_norms`.
+        TypeError: If a layer's class is not registered in `layer_types`.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], max_batches: int | None = None) -> None:
-        self.layers = dict(layers)
+    def __init__(self, layers: Mapping[str, TargetLayer | nn.Module], max_batches: int | None = None) -> None:
+        self.layers = {
+            name: layer if isinstance(layer, TargetLayer) else target_layer(name, layer)
+            for name, layer in layers.items()
+        }
         self.max_batches = max_batches
-        self.shapes = {name: layer_type(name, layer).shape(layer) for name, layer in self.layers.items()}
         self.num_batches = 0
         self.num_skipped_batches = 0
         self.paused = False
@@ -70,7 +73,10 @@ class FisherEstimator:
                 the leading dimension of each layer's input, or what `batch` was told.
         """
         for name, layer in self.layers.items():
-            self._handles.append(layer.register_forward_hook(_LayerHook(self, name), with_kwargs=True))
+            hook = _LayerHook(self, name)
+            if layer.layer_type.runs_again:
+                self._handles.append(layer.module.register_forward_pre_hook(hook.before, with_kwargs=True))
+            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         for root in roots:
             self._handles.append(root.register_forward_pre_hook(_RootHook(self), with_kwargs=True))
 
@@ -113,8 +119,8 @@ class FisherEstimator:
         self.num_batches += 1
         if self.num_batches == self.max_batches:
             self.detach()
-        for name, uses in finished.uses.items():
-            finished.norms[name] = self._norms(name, uses, finished.batch_size)
+        for name, calls in finished.waiting.items():
+            finished.norms[name] = self._norms(name, calls, finished.batch_size)
         self._accumulate(finished)
 
     @property
@@ -150,8 +156,10 @@ class FisherEstimator:
         # What is in flight belongs to a graph, which can neither be copied nor pickled.
         return self.__dict__ | {"_pass": _Pass()}
 
-    def _observe(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
-        """The forward hook: keep `x`, and ask for the gradient of `output`."""
+    def _observe(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, random: RandomState | None
+    ) -> Any:
+        """The forward hook: keep the arguments, and ask for the gradient of the output."""
         if self.paused:
             return None
         with_gradients = torch.is_grad_enabled()
@@ -166,42 +174,59 @@ class FisherEstimator:
             self._pass.outstanding += 1
         if not with_gradients:
             return None
-        replacement = None
-        if not output.requires_grad:
+        # Of several outputs the first is the layer's; there are attention weights behind it.
+        outputs = list(output) if isinstance(output, tuple) else [output]
+        tensors = [value if isinstance(value, Tensor) and value.is_floating_point() else None for value in outputs]
+        starts_graph = not any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        _require_gradient_of_input(name, self.layers[name].module, input_of(args, kwargs), starts_graph)
+        if starts_graph:
             # Nothing upstream is trained, so the graph starts here. The clone is no leaf: what follows may change
             # it in place.
-            output = replacement = output.detach().requires_grad_().clone()
-        output.register_hook(partial(self._receive, name, _SavedInput(x)))
-        return replacement
+            outputs = [
+                value if tensor is None else tensor.detach().requires_grad_().clone()
+                for value, tensor in zip(outputs, tensors, strict=True)
+            ]
+        if self.layers[name].layer_type.runs_again:
+            saved = SavedCall(args, kwargs, outputs[0], random)
+        else:
+            saved = SavedCall((input_of(args, kwargs),), {})
+        outputs[0].register_hook(partial(self._receive, name, saved))
+        for further in outputs[1:]:
+            if isinstance(further, Tensor) and further.requires_grad:
+                further.register_hook(partial(_refuse_gradient, name))
+        if not starts_graph:
+            return None
+        return tuple(outputs) if isinstance(output, tuple) else outputs[0]
 
-    def _receive(self, name: str, saved: _SavedInput, gradient: Tensor) -> None:
-        """The hook on the output: pair its gradient with the input, and finish the layer after its last use."""
+    def _receive(self, name: str, saved: SavedCall, gradient: Tensor) -> None:
+        """The hook on the output: pair its gradient with the call, and finish the layer after its last call."""
         if self.paused or self.num_batches == self.max_batches:
             return
         current = self._pass
-        uses = current.uses.setdefault(name, [])
-        uses.append((saved.take(name), gradient.detach()))
+        waiting = current.waiting.setdefault(name, [])
+        waiting.append(saved.take(name, gradient.detach()))
         current.has_gradients = True
         current.outstanding -= 1
-        if len(uses) == current.calls.get(name):
-            current.norms[name] = self._norms(name, current.uses.pop(name), current.batch_size)
+        if len(waiting) == current.calls.get(name):
+            current.norms[name] = self._norms(name, current.waiting.pop(name), current.batch_size)
         if current.outstanding == 0:
             self._finish_batch()
 
-    def _norms(self, name: str, uses: list[tuple[Tensor, Tensor]], batch_size: int | None) -> Tensor:
+    def _norms(self, name: str, calls: list[LayerCall], batch_size: int | None) -> Tensor:
         """`‖G_t‖²_F` of every example (B), or of the batch as one example (1) if rows cannot be attributed."""
         layer = self.layers[name]
-        matrices = layer_type(name, layer).matrices
-        size = batch_size or (uses[0][0].shape[0] if uses[0][0].ndim > 1 else 1)
-        grouped = [by_example(x, g, size) for x, g in uses]
-        examples = [matrices(layer, *pair) for pair in grouped if pair is not None]
-        if len(examples) == len(uses):
+        first = calls[0].input
+        size = batch_size or (first.shape[0] if first.ndim > 1 else 1)
+        was_paused, self.paused = self.paused, True  # a layer that is run again may have watched layers inside
+        try:
             # G_t = B · g_tᵀ x_t, because the loss is the mean over examples of ℓ_t.
-            return squared_norms(*_concatenated(examples)) * size**2
-        # ‖Σ_t G_t‖² / B is Σ_t ‖G_t‖² / B in expectation if the G_t are independent with mean zero.
-        self._unattributed.add(name)
-        whole = [matrices(layer, x.unsqueeze(0), g.unsqueeze(0)) for x, g in uses]
-        return squared_norms(*_concatenated(whole)) * size
+            return layer.layer_type.squared_norms(layer, calls, size) * size**2
+        except UnattributableError:
+            # ‖Σ_t G_t‖² / B is Σ_t ‖G_t‖² / B in expectation if the G_t are independent with mean zero.
+            self._unattributed.add(name)
+            return layer.layer_type.squared_norms(layer, calls, 1) * size
+        finally:
+            self.paused = was_paused
 
     def _accumulate(self, finished: _Pass) -> None:
         names = list(finished.norms)
@@ -217,14 +242,15 @@ class FisherEstimator:
             moments.add(by_name.get(name, zeros))
 
     def _score(self, name: str) -> LayerScore:
-        moments, shape = self._moments[name], self.shapes[name]
-        entries = shape[0] * shape[1]
+        moments, weight = self._moments[name], self.layers[name].weight
         error = moments.standard_error
         return LayerScore(
-            mean=moments.mean / entries,
-            standard_error=None if error is None else error / entries,
+            mean=moments.mean / weight.entries,
+            standard_error=None if error is None else error / weight.entries,
             num_examples=moments.count,
-            shape=shape,
+            shape=(weight.d_out, weight.d_in),
+            parameters_per_rank=weight.parameters_per_rank,
+            rank_step=weight.rank_step,
         )
 
     def _warn(self) -> None:
@@ -257,7 +283,7 @@ class _Pass:
     Attributes:
         batch_size: Examples, if known.
         calls: Layer name to its calls in the forward pass.
-        uses: Layer name to the pairs of input and output gradient that wait for further uses of the layer.
+        waiting: Layer name to the calls with their gradients that wait for those of further calls of the layer.
         norms: Layer name to the finished squared norms.
         outstanding: Calls whose gradient has not come.
         has_gradients: Whether the backward pass has begun.
@@ -265,7 +291,7 @@ class _Pass:
 
     batch_size: int | None = None
     calls: dict[str, int] = field(default_factory=dict)
-    uses: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    waiting: dict[str, list[LayerCall]] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     outstanding: int = 0
     has_gradients: bool = False
@@ -277,12 +303,16 @@ class _LayerHook:
 
     estimator: FisherEstimator
     name: str
+    random: RandomState | None = None
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        return self.estimator._observe(self.name, x, output)
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hook before the call, of a layer that is run again."""
+        if not self.estimator.paused:
+            self.random = RandomState.of(args, kwargs)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        random, self.random = self.random, None
+        return self.estimator._observe(self.name, args, kwargs, output, random)
 
 
 @dataclass
@@ -298,45 +328,29 @@ class _RootHook:
         self.estimator._start_forward(batch_size_of(args or kwargs, name))
 
 
-class _SaveForBackward(torch.autograd.Function):
-    """A node beside the graph whose only task is to hold a tensor the way autograd holds one."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return anchor.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-class _SavedInput:
-    """The input of a layer, saved by autograd.
-
-    So checkpointing recomputes it instead of keeping it, offloading moves it, and changing it in place raises.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self._anchor: Tensor | None = _SaveForBackward.apply(torch.ones((), requires_grad=True), x.detach())
-
-    def take(self, name: str) -> Tensor:
-        """The input, once: it is let go with the call, as autograd does after a backward pass."""
-        anchor, self._anchor = self._anchor, None
-        if anchor is None:
-            raise RuntimeError(
-                f"Layer {name!r} received a second gradient from one forward pass while the eFIM is accumulated. "
-                "Add the losses up and call `backward()` once."
-            )
-        node: Any = anchor.grad_fn
-        return node.saved_tensors[0]
+def _require_gradient_of_input(name: str, module: nn.Module, x: Tensor, is_cut: bool) -> None:
+    """Refuse a kernel for inference, behind which the gradient of everything upstream would be missing or wrong."""
+    if not x.requires_grad:
+        return
+    if is_cut:
+        raise RuntimeError(
+            f"Layer {name!r} ({type(module).__name__}) passes no gradient on to its input, as some quantisations for "
+            "inference do, so layers before it would score zero. Load the model in a quantisation that can be trained."
+        )
+    # Of bitsandbytes, which says so nowhere else.
+    quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        raise RuntimeError(
+            f"bitsandbytes has repacked the weight of layer {name!r} in an evaluation on this CPU, for a kernel "
+            "without a gradient: load the model again, and do not evaluate it before the calibration."
+        )
 
 
-def _concatenated(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """All uses of a layer as positions of one: the gradient of the weight is the sum over them."""
-    if len(pairs) == 1:
-        return pairs[0]
-    return torch.cat([x for x, _ in pairs], dim=1), torch.cat([g for _, g in pairs], dim=1)
+def _refuse_gradient(name: str, gradient: Tensor) -> None:
+    raise RuntimeError(
+        f"The loss depends on a second output of layer {name!r}, such as its attention weights, of which the eFIM "
+        "knows nothing. Leave it out of the loss of the calibration, or take the layer out of `target_modules`."
+    )
 
 
 def _to_host(tensors: list[Tensor]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -8,8 +8,12 @@ from typing import Any
 from torch import Tensor
 
 
-def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor] | None:
-    """Put the examples first in the input of a layer and in the gradient of its output.
+class UnattributableError(Exception):
+    """Rows of the input of a layer belong to no example."""
+
+
+def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Put the examples first in the input of a linear layer and in the gradient of its output.
 
     The first rule that applies decides:
 
@@ -25,18 +29,38 @@ def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor] |
         batch_size: Examples in the batch, B.
 
     Returns:
-        `x` and `g` with leading dimension B, or `None` for rule 4.
+        `x` and `g` with leading dimension B.
+
+    Raises:
+        UnattributableError: By rule 4.
     """
     if x.ndim == 1:
         x, g = x.unsqueeze(0), g.unsqueeze(0)
+    if x.shape[0] != batch_size and x.ndim >= 3 and x.shape[1] == batch_size:
+        return x.transpose(0, 1), g.transpose(0, 1)
+    return by_leading_dimension(x, g, batch_size)
+
+
+def by_leading_dimension(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """As `by_example`, for a layer whose second dimension has a meaning of its own: without rule 2.
+
+    Args:
+        x: Input of the layer (B × … or (B·k) × …).
+        g: Gradient of its output, with the same leading dimension.
+        batch_size: Examples in the batch, B.
+
+    Returns:
+        `x` and `g` with leading dimension B; behind it the k rows of an example, unless k is 1.
+
+    Raises:
+        UnattributableError: If the leading dimension is no multiple of the batch.
+    """
     if x.shape[0] == batch_size:
         return x, g
-    if x.ndim >= 3 and x.shape[1] == batch_size:
-        return x.transpose(0, 1), g.transpose(0, 1)
-    if x.shape[0] % batch_size == 0:
-        rows = x.shape[0] // batch_size
-        return x.reshape(batch_size, rows, *x.shape[1:]), g.reshape(batch_size, rows, *g.shape[1:])
-    return None
+    if x.shape[0] % batch_size:
+        raise UnattributableError
+    rows = x.shape[0] // batch_size
+    return x.reshape(batch_size, rows, *x.shape[1:]), g.reshape(batch_size, rows, *g.shape[1:])
 
 
 def batch_size_of(batch: Any, main_input_name: str | None = None) -> int | None:

@@ -1,4 +1,4 @@
-"""Per-example squared gradient norms of a frozen weight: one function per layer type, in a registry.
+"""Per-example squared gradient norms of a frozen matrix: pure functions of tensors.
 
 With `x` the input of a layer and `g` the gradient of the loss with respect to its output, the gradient of example
 t's share of the loss is `g_tᵀ x_t`, summed over positions. Its squared Frobenius norm needs neither the weight nor
@@ -9,93 +9,20 @@ sharded or offloaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 MAX_TEMPORARY_BYTES = 64 * 2**20
-"""Bound of the temporary memory of either form below, in bytes, whatever the batch and the length."""
+"""Bound of the temporary memory of the norms of matrices, in bytes, whatever the batch and the length."""
 
-Matrices = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
-Shape = Callable[[Any], tuple[int, int]]
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-
-@dataclass(frozen=True)
-class LayerType:
-    """What has to be known of a layer class.
-
-    Attributes:
-        matrices: Takes the layer, its input and the gradient of its output, both with the examples first, and
-            returns `x` (B × T × d_in) and `g` (B × T × d_out) such that `g_tᵀ x_t` is the gradient of the weight.
-        shape: Takes the layer and returns `(d_out, d_in)` of its weight.
-    """
-
-    matrices: Matrices
-    shape: Shape
-
-
-_LAYER_TYPES: dict[type[nn.Module], LayerType] = {}
-
-
-def register_layer_type(layer_class: type[nn.Module], shape: Shape) -> Callable[[Matrices], Matrices]:
-    """Decorator: the function below it is `LayerType.matrices` of `layer_class` and its subclasses.
-
-    Args:
-        layer_class: Class of the base layer, as it is found in the model without an adapter.
-        shape: `LayerType.shape`.
-
-    Returns:
-        The decorator.
-    """
-
-    def register(matrices: Matrices) -> Matrices:
-        _LAYER_TYPES[layer_class] = LayerType(matrices, shape)
-        return matrices
-
-    return register
-
-
-def layer_type(name: str, layer: nn.Module) -> LayerType:
-    """Look a layer's type up by its class, the most derived registered class first.
-
-    Args:
-        name: Name of the layer, for the error.
-        layer: The base layer.
-
-    Returns:
-        The registered type.
-
-    Raises:
-        TypeError: If neither the class nor a base class of it is registered.
-    """
-    for layer_class in type(layer).__mro__:
-        if layer_class in _LAYER_TYPES:
-            return _LAYER_TYPES[layer_class]
-    supported = ", ".join(sorted(layer_class.__name__ for layer_class in _LAYER_TYPES))
-    raise TypeError(
-        f"Layer {name!r} is a {type(layer).__module__}.{type(layer).__qualname__}, for which no eFIM is defined "
-        f"(supported: {supported}). Take it out of `target_modules`, or add it with `exclude_modules`."
-    )
-
-
-@register_layer_type(nn.Linear, shape=lambda layer: (layer.out_features, layer.in_features))
-@register_layer_type(Conv1D, shape=lambda layer: (layer.weight.shape[1], layer.weight.shape[0]))
-def linear_matrices(layer: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """A linear layer: every dimension between the examples and the features is a position.
-
-    Args:
-        layer: The layer; not used.
-        x: Input (B × … × d_in).
-        g: Gradient of the output (B × … × d_out).
-
-    Returns:
-        `x` (B × T × d_in) and `g` (B × T × d_out).
-    """
-    return x.reshape(x.shape[0], -1, x.shape[-1]), g.reshape(g.shape[0], -1, g.shape[-1])
+# By the number of spatial dimensions.
+_WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
 def squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMPORARY_BYTES) -> Tensor:
@@ -202,3 +129,68 @@ def _copied_features(x: Tensor, g: Tensor, dtype: torch.dtype) -> int:
 def _slices(length: int, size: int, start: int = 0) -> Iterator[slice]:
     for first in range(start, length, size):
         yield slice(first, min(first + size, length))
+
+
+def embedding_squared_norms(
+    ids: Tensor, g: Tensor, padding_idx: int | None = None, max_temporary_bytes: int = MAX_TEMPORARY_BYTES
+) -> Tensor:
+    """`‖G_t‖²_F` where row i of `G_t` is the sum of `g` over the positions of example t that hold id i.
+
+    Args:
+        ids: Ids, of any integer type (B × T).
+        g: Gradient of the output (B × T × d).
+        padding_idx: Id whose row has no gradient.
+        max_temporary_bytes: Bound of the temporary memory, in bytes: sums over positions for some of the features.
+
+    Returns:
+        Squared norms (B), float32 or float64.
+    """
+    dtype = _compute_dtype(g, g)
+    examples, positions, features = g.shape
+    if positions == 0:
+        return g.new_zeros(examples, dtype=dtype)
+    span = ids.max() + 1
+    owner = torch.arange(examples, device=ids.device).unsqueeze(1)
+    pairs, place = torch.unique((owner * span + ids).flatten(), return_inverse=True)
+    size = max(max_temporary_bytes // (2 * examples * positions * dtype.itemsize), 1)
+    by_pair = g.new_zeros(len(pairs), dtype=dtype)
+    for columns in _slices(features, size):
+        some = g[:, :, columns].flatten(0, 1).to(dtype)
+        sums = some.new_zeros(len(pairs), some.shape[1]).index_add_(0, place, some)
+        by_pair += sums.square_().sum(1)
+    if padding_idx is not None:
+        by_pair[pairs % span == padding_idx] = 0
+    return by_pair.new_zeros(examples).index_add_(0, pairs // span, by_pair)
+
+
+def convolution_squared_norms(layer: Convolution, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`‖G_t‖²_F` of the weight of a convolution, by PyTorch's gradient of the weight, one example at a time.
+
+    Neither unfolded inputs nor more than one gradient of the weight exist at a time.
+
+    Args:
+        layer: The layer, of which only the geometry is used.
+        pairs: Of every call the input (B × n × C_in × …) and the gradient of the output (B × n × C_out × …).
+
+    Returns:
+        Squared norms (B), float32 or float64.
+    """
+    weight_gradient = _WEIGHT_GRADIENTS[layer.weight.ndim - 2]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    dtype = _compute_dtype(*pairs[0])
+    norms = []
+    with torch.no_grad(), torch.autocast(pairs[0][0].device.type, enabled=False):
+        for example in range(len(pairs[0][0])):
+            gradient = sum(
+                weight_gradient(
+                    F.pad(x[example].to(dtype), layer._reversed_padding_repeated_twice, mode=mode),
+                    layer.weight.shape,
+                    g[example].to(dtype),
+                    stride=layer.stride,
+                    dilation=layer.dilation,
+                    groups=layer.groups,
+                )
+                for x, g in pairs
+            )
+            norms.append(torch.linalg.vector_norm(gradient).square())
+    return torch.stack(norms)

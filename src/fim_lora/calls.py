@@ -1,0 +1,161 @@
+"""`LayerCall`: what one call of a layer saw, kept between the forward and the backward pass the way autograd does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """State of the random numbers on the host, and on the devices of some tensors.
+
+    Attributes:
+        host: State of the host.
+        devices: Index of each device.
+        states: State of each device.
+        device_type: Type of the devices.
+    """
+
+    host: Tensor
+    devices: list[int]
+    states: list[Tensor]
+    device_type: str
+
+    @classmethod
+    def of(cls, *tensors: Any) -> RandomState:
+        """The state at this moment.
+
+        Args:
+            tensors: Anything; tensors in it tell the devices.
+
+        Returns:
+            The state.
+        """
+        types = (leaf.device.type for leaf in tree_flatten(tensors)[0] if isinstance(leaf, Tensor))
+        device_type = next((name for name in types if name not in ("cpu", "meta")), "cuda")
+        return cls(torch.get_rng_state(), *get_device_states(*tensors), device_type=device_type)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Random numbers inside are those that were drawn after the state was taken; outside nothing changes.
+
+        Yields:
+            Nothing.
+        """
+        with torch.random.fork_rng(self.devices, device_type=self.device_type):
+            torch.set_rng_state(self.host)
+            set_device_states(self.devices, self.states, device_type=self.device_type)
+            yield
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, after its backward pass.
+
+    Attributes:
+        args: Positional arguments; only the input, as the only one, of a layer that is not run again.
+        kwargs: Keyword arguments.
+        output: The output, of a layer that is run again.
+        random: State of the random numbers before the call, of a layer that is run again.
+        gradient: Gradient of the loss with respect to the output.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor | None
+    random: RandomState | None
+    gradient: Tensor
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument."""
+        return input_of(self.args, self.kwargs)
+
+    def replayed(self) -> AbstractContextManager[None]:
+        """Random numbers inside are those of the call."""
+        return nullcontext() if self.random is None else self.random.restored()
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a layer among the arguments of a call: the first.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        The input.
+    """
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+class SavedCall:
+    """The arguments of a call, saved by autograd until the gradient comes.
+
+    So checkpointing recomputes them instead of keeping them, offloading moves them, and changing them in place raises.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        output: The output, if it is needed again.
+        random: State of the random numbers before the call, if it is needed again.
+    """
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor | None = None,
+        random: RandomState | None = None,
+    ) -> None:
+        leaves, self._structure = tree_flatten((args, kwargs, output))
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        self._others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        self._random = random
+        self._anchor: Tensor | None = _SaveForBackward.apply(torch.ones((), requires_grad=True), *tensors)
+
+    def take(self, name: str, gradient: Tensor) -> LayerCall:
+        """The call, once: what was saved is let go with it, as autograd does after a backward pass.
+
+        Args:
+            name: Name of the layer, for the error.
+            gradient: Gradient of the output.
+
+        Returns:
+            The call.
+
+        Raises:
+            RuntimeError: If it was taken before.
+        """
+        anchor, self._anchor = self._anchor, None
+        if anchor is None:
+            raise RuntimeError(
+                f"Layer {name!r} received a second gradient from one forward pass while the eFIM is accumulated. "
+                "Add the losses up and call `backward()` once."
+            )
+        node: Any = anchor.grad_fn
+        tensors = iter(node.saved_tensors)
+        leaves = [next(tensors) if other is None else other[0] for other in self._others]
+        args, kwargs, output = tree_unflatten(leaves, self._structure)
+        return LayerCall(args, kwargs, output, self._random, gradient)
+
+
+class _SaveForBackward(torch.autograd.Function):
+    """A node beside the graph whose only task is to hold tensors the way autograd holds them."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (gradients[0], *(None for _ in ctx.saved_tensors))
