@@ -11,13 +11,18 @@ def test_defaults_are_those_of_the_proposal():
     assert (config.adjust_scaling_factors, config.budget, config.score_exponent) == (True, "rank", 1.0)
 
 
+def test_a_layer_may_lose_its_adapter():
+    assert FimConfig(r_min=0, r_max=1).r_min == 0
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"fim_calibration_batches": 0}, ValueError, "fim_calibration_batches must be at least 1, got 0"),
         ({"fim_calibration_batches": 2.0}, TypeError, "fim_calibration_batches must be an integer, got 2.0"),
-        ({"r_min": 0}, ValueError, "r_min must be at least 1, got 0"),
+        ({"r_min": -1}, ValueError, "r_min must be at least 0, got -1"),
         ({"r_min": True}, TypeError, "r_min must be an integer, got True"),
+        ({"r_min": 0, "r_max": 0}, ValueError, "r_max must be at least 1, got 0"),
         ({"r_max": -3}, ValueError, "r_max must be at least 1, got -3"),
         ({"r_min": 5, "r_max": 4}, ValueError, "r_max=4 is below r_min=5"),
         ({"adjust_scaling_factors": 1}, TypeError, "adjust_scaling_factors must be True or False, got 1"),

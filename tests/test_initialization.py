@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import BatchEncoding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from fim_lora import FimConfig, FimScores, LayerScore, get_fim_scores, initialize_lora_fim_ranks
@@ -433,14 +434,24 @@ def test_nothing_targeted_is_an_error_of_peft():
         get_fim_scores(llama(), lm_batches(), LoraConfig(target_modules=["nothing"]))
 
 
+class UnknownLora(nn.Module, LoraLayer):
+    """A LoRA layer that somebody registered with PEFT for a layer of their own."""
+
+    def __init__(self, base_layer, adapter_name, r=0, **kwargs):
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.r[adapter_name] = r
+
+
 @pytest.mark.parametrize("existing_adapter", [False, True])
 def test_an_unsupported_layer_is_named_before_anything_is_changed_or_read(existing_adapter):
     base = llama()
     if existing_adapter:
         base = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
     modules, flags = dict(base.named_modules()), [p.requires_grad for p in base.parameters()]
-    config = fim_lora_config(target_modules=("q_proj", "embed_tokens"))
-    message = r"'model\.embed_tokens' is a torch.*Embedding.*`exclude_modules`"
+    config = fim_lora_config(target_modules=("q_proj", "input_layernorm"))
+    config._register_custom_module({LlamaRMSNorm: UnknownLora})
+    message = r"'model\.layers\.0\.input_layernorm' is a transformers.*RMSNorm.*`exclude_modules`"
     if existing_adapter:
         with pytest.raises(TypeError, match=message):
             base.add_adapter("fim", config)

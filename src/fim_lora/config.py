@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 
 from .allocation import BUDGETS, DEFAULT_SCORE_EXPONENT, Budget
+
+# PEFT's own names. Others need a preparation of their own, or make another layer.
+INITIALISATIONS = ("gaussian", "orthogonal", "pissa", "olora", "eva")
 
 
 @dataclass
@@ -14,8 +18,10 @@ class FimConfig:
 
     Args:
         fim_calibration_batches: Number of batches from which the eFIM is averaged; at least 1.
-        r_min: Smallest rank of a layer; at least 1.
-        r_max: Largest rank of a layer. `None` means four times the layer's base rank (32 for `r=8`).
+        r_min: Smallest rank of a layer. 0 lets a layer lose its adapter; it then disappears from
+            `target_modules`, as with EVA.
+        r_max: Largest rank of a layer; at least 1 and `r_min`. `None` means four times the layer's base rank
+            (32 for `r=8`).
         adjust_scaling_factors: If `True`, `lora_alpha` of every layer is rescaled so that the layer keeps the
             scaling it would have had at its base rank, as with EVA. If `False`, `lora_alpha` stays and the
             scaling follows from the new rank.
@@ -24,6 +30,9 @@ class FimConfig:
             size when layers differ in shape.
         score_exponent: Ranks are proportional to `score ** score_exponent`. 1 is plain proportionality; a value
             below 1 softens the allocation; it must be positive.
+        init_lora_weights: PEFT's initialisation, applied at the final ranks: `True`, `False`, `"gaussian"`,
+            `"orthogonal"` (ranks are even then), `"pissa"`, `"pissa_niter_[number of iterations]"`, `"olora"`, or
+            `"eva"`, which takes only its directions from EVA, and for that needs the dataloader.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -40,12 +49,15 @@ class FimConfig:
     score_exponent: float = field(
         default=DEFAULT_SCORE_EXPONENT, metadata={"help": "Ranks are proportional to score ** exponent"}
     )
+    init_lora_weights: bool | str = field(
+        default=True, metadata={"help": "PEFT's initialisation, applied at the final ranks"}
+    )
 
     def __post_init__(self) -> None:
-        _require_positive_int("fim_calibration_batches", self.fim_calibration_batches)
-        _require_positive_int("r_min", self.r_min)
+        _require_int("fim_calibration_batches", self.fim_calibration_batches, at_least=1)
+        _require_int("r_min", self.r_min, at_least=0)
         if self.r_max is not None:
-            _require_positive_int("r_max", self.r_max)
+            _require_int("r_max", self.r_max, at_least=1)
             if self.r_max < self.r_min:
                 raise ValueError(f"r_max={self.r_max} is below r_min={self.r_min}; swap or widen the bounds.")
         if not isinstance(self.adjust_scaling_factors, bool):
@@ -56,10 +68,24 @@ class FimConfig:
             raise TypeError(f"score_exponent must be a number, got {self.score_exponent!r}.")
         if not (math.isfinite(self.score_exponent) and self.score_exponent > 0):
             raise ValueError(f"score_exponent must be positive and finite, got {self.score_exponent!r}.")
+        _require_initialisation(self.init_lora_weights)
 
 
-def _require_positive_int(name: str, value: object) -> None:
+def _require_int(name: str, value: object, at_least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}.")
+
+
+def _require_initialisation(value: object) -> None:
+    if isinstance(value, bool):
+        return
+    if not isinstance(value, str):
+        raise TypeError(f"init_lora_weights must be True, False or a name, got {value!r}.")
+    if value not in INITIALISATIONS and not re.fullmatch(r"pissa_niter_[1-9]\d*", value):
+        names = ", ".join(map(repr, INITIALISATIONS))
+        raise ValueError(
+            f"init_lora_weights of FimConfig must be True, False, {names} or 'pissa_niter_[number of iterations]', "
+            f"got {value!r}."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -9,15 +10,17 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from .calibration import ForwardFn, calibrate
+from .calibration import ForwardFn, calibrate, forward_fn_default, frozen_in_eval_mode
 from .config import FimConfig
 from .estimator import FisherEstimator
-from .gradient_norms import layer_type
+from .eva_directions import eva_directions, require_eva
+from .layer_types import target_layer
 from .peft_integration import (
     adapter_layers,
     apply_allocation,
     awaits_ranks,
     estimator_of,
+    final_initialisation,
     forget_estimator,
     lora_layers_disabled,
     name_in_base_model,
@@ -38,12 +41,15 @@ def initialize_lora_fim_ranks(
     """Decide the rank of every LoRA layer from the eFIM, and initialise the adapter at these ranks.
 
     The scores come from one of three sources: the backward passes of your own loop since `get_peft_model` (give
-    neither `dataloader` nor `fim_scores`); a calibration run here over `dataloader`; or given `fim_scores`.
+    neither `dataloader` nor `fim_scores`); a calibration run here over `dataloader`; or given `fim_scores`. With
+    `fim_config.init_lora_weights="eva"` the `dataloader` is needed, and `fim_scores` may be given beside it.
 
-    Afterwards the adapter is an ordinary LoRA adapter: `peft_config[adapter_name]` has `init_lora_weights=True`, no
-    `fim_config`, and the new `rank_pattern` and `alpha_pattern`. A is random and B is zero, as PEFT initialises
-    each layer type, so the model's output is that of the base model; an adapter that was trained before starts
-    anew. Dropout, bias, `modules_to_save`, other adapters, devices, dtypes and `requires_grad` stay.
+    Afterwards the adapter is an ordinary LoRA adapter: `peft_config[adapter_name]` has no `fim_config`, the new
+    `rank_pattern` and `alpha_pattern`, and `fim_config.init_lora_weights` as its initialisation. By default A is
+    random and B is zero, as PEFT initialises each layer type, so the model's output is that of the base model; an
+    adapter that was trained before starts anew. A layer of rank 0 (only with `r_min=0`) loses its adapter, and
+    `target_modules` is updated, as with EVA. Dropout, bias, `modules_to_save`, other adapters, devices, dtypes and
+    `requires_grad` stay.
 
     An optimizer that was built before the call stays valid: the same `nn.Parameter` objects carry the new tensors.
     If it has taken steps before, its state has the old shapes and its next step raises for every layer whose rank
@@ -70,14 +76,21 @@ def initialize_lora_fim_ranks(
     Raises:
         ValueError: If the adapter does not exist or does not await allocation; if both `dataloader` and
             `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds cannot be
-            satisfied; if the dataloader is empty or its batches give no usable loss.
+            satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
+            initialisation for a layer, or could not load the adapter without the layers of rank 0.
         RuntimeError: If no batch was seen, no batch had finite gradients, or the eFIM of every layer is zero.
-        TypeError: If a layer's class is not supported, or the forward pass returns no loss.
+        TypeError: If a layer's class is not supported, the forward pass returns no loss, or PEFT cannot initialise a
+            layer from a weight of its dtype.
     """
     config = _awaiting_config(model, adapter_name)
-    if dataloader is not None and fim_scores is not None:
-        raise ValueError("Both `dataloader` and `fim_scores` were given: pass one of them.")
     layers = adapter_layers(model, adapter_name)
+    with_eva = config.fim_config.init_lora_weights == "eva"
+    if with_eva:
+        require_eva(model, layers)
+    if with_eva and dataloader is None:
+        raise ValueError('init_lora_weights="eva" takes its directions from data: pass `dataloader`.')
+    if not with_eva and dataloader is not None and fim_scores is not None:
+        raise ValueError("Both `dataloader` and `fim_scores` were given: pass one of them.")
     own_loop = estimator_of(model, adapter_name)
 
     if fim_scores is not None:
@@ -93,9 +106,23 @@ def initialize_lora_fim_ranks(
         scores = own_loop.scores()
 
     allocation = RankAllocation.from_scores(scores, config)
-    new_config = allocation.to_lora_config(config)
+    base_config = copy.copy(config)
+    base_config.init_lora_weights = final_initialisation(config)
+    new_config = allocation.to_lora_config(base_config)
     verify_patterns(new_config, allocation)
-    apply_allocation(model, adapter_name, allocation, new_config)
+    directions = None
+    if with_eva:
+        with lora_layers_disabled(model, own_loop), frozen_in_eval_mode(model):
+            directions = eva_directions(
+                model,
+                cast(Iterable[Any], dataloader),
+                config,
+                adapter_name,
+                allocation.ranks,
+                forward_fn or forward_fn_default,
+                show_progress_bar,
+            )
+    apply_allocation(model, adapter_name, allocation, new_config, directions)
     forget_estimator(model, adapter_name)
     return allocation
 
@@ -155,9 +182,8 @@ def _scores_of_adapter(
     show_progress_bar: bool,
     own_loop: FisherEstimator | None,
 ) -> FimScores:
-    base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
     with lora_layers_disabled(model, own_loop):
-        return calibrate(model, base_layers, dataloader, _num_batches(config), forward_fn, show_progress_bar)
+        return calibrate(model, layers, dataloader, _num_batches(config), forward_fn, show_progress_bar)
 
 
 def _given_scores(given: Mapping[str, LayerScore | float | Tensor], layers: Mapping[str, LoraLayer]) -> FimScores:
@@ -172,7 +198,7 @@ def _given_scores(given: Mapping[str, LayerScore | float | Tensor], layers: Mapp
             f"`fim_scores` names {len(superfluous)} layers that the adapter does not target: {superfluous}. Leave "
             "them out, or target them."
         )
-    scores = {name: _given_score(name, by_name[name], layer.get_base_layer()) for name, layer in layers.items()}
+    scores = {name: _given_score(name, by_name[name], layer) for name, layer in layers.items()}
     if all(score.mean == 0 for score in scores.values()):
         raise ValueError("Every score in `fim_scores` is zero: there is nothing to allocate by.")
     counts = (given.num_batches, given.num_skipped_batches) if isinstance(given, FimScores) else (0, 0)
@@ -184,7 +210,9 @@ def _given_score(name: str, score: LayerScore | float | Tensor, layer: nn.Module
         return score
     mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
     try:
-        return LayerScore(mean, None, 0, layer_type(name, layer).shape(layer))
+        weight = target_layer(name, layer).weight
+        shape = (weight.d_out, weight.d_in)
+        return LayerScore(mean, None, 0, shape, weight.parameters_per_rank, weight.rank_step)
     except ValueError as error:
         raise ValueError(f"The score of layer {name!r} cannot be used: {error}") from error
 

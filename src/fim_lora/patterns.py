@@ -1,15 +1,18 @@
-"""`rank_pattern` and `alpha_pattern`: PEFT's way to give single layers a value of their own.
+"""PEFT's ways to name layers in a config: patterns, which give single layers a value of their own, and targets.
 
-PEFT matches the keys as regular expressions against the end of a layer's name, at a dot; the first match in the order
-of the dictionary wins.
+PEFT matches the keys of `rank_pattern` and `alpha_pattern` as regular expressions against the end of a layer's name,
+at a dot; the first match in the order of the dictionary wins. An entry of a list of targets matches a name that equals
+it or ends with it, at a dot; a string of targets is a regular expression for the whole name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from peft import LoraConfig
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 
 Value = TypeVar("Value", int, float)
@@ -52,3 +55,64 @@ def write_pattern(values: Mapping[str, Value], default: Value) -> dict[str, Valu
     if resolve_pattern(plain, values, default) == dict(values):
         return plain
     return {f"^{re.escape(name)}": value for name, value in different.items()}
+
+
+def write_targets(config: LoraConfig, kept: Sequence[str], dropped: Sequence[str]) -> None:
+    """Narrow the targets of a config, in place, to exactly the layers that keep an adapter.
+
+    Names that `target_parameters` of the config matches go there, all others to `target_modules`. The latter is a
+    list of full names, or a regular expression where a list would match more.
+
+    Args:
+        config: The config, with the targets that gave `kept` and `dropped` together.
+        kept: Names, as in the base model, of the layers and parameters that keep an adapter.
+        dropped: Names of those that lose it.
+
+    Raises:
+        ValueError: If nothing is kept, or a parameter that is kept cannot be told from one that is dropped.
+    """
+    if not kept:
+        raise ValueError("No layer keeps an adapter: raise r_min, or train without LoRA.")
+    # `target_parameters` is unknown to configs written by older versions of PEFT.
+    entries = getattr(config, "target_parameters", None) or []
+    parameters = [name for name in kept if _matches(entries, name)]
+    dropped_parameters = [name for name in dropped if _matches(entries, name)]
+    if dropped_parameters:
+        _require_told_apart(parameters, dropped_parameters)
+        config.target_parameters = parameters
+
+    dropped_modules = [name for name in dropped if not _matches(entries, name)]
+    if dropped_modules:
+        modules = [name for name in kept if not _matches(entries, name)]
+        config.target_modules = _module_targets(config, modules, dropped_modules)
+        # They have done their part, and PEFT takes none beside a regular expression.
+        config.layers_to_transform = config.layers_pattern = None
+
+
+def _module_targets(config: LoraConfig, kept: list[str], dropped: list[str]) -> list[str] | str:
+    # A regular expression and layers_to_transform can leave out modules of the model whose names end like a kept
+    # one; these are not known here, so only whole names will do.
+    by_whole_name = _is_expression(config.target_modules) or config.layers_to_transform is not None
+    if kept and (by_whole_name or any(_matches(set(kept), name) for name in dropped)):
+        return f"(?:{'|'.join(map(re.escape, kept))})"
+    return kept
+
+
+def _is_expression(target_modules: Collection[str] | str | None) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def _require_told_apart(kept: Collection[str], dropped: Sequence[str]) -> None:
+    entries = set(kept)
+    for name in dropped:
+        if _matches(entries, name):
+            raise ValueError(
+                f"Parameter {name!r} should lose its adapter, but its name ends with that of a parameter that keeps "
+                "one, and PEFT cannot tell them apart in target_parameters: set r_min=1."
+            )
+
+
+def _matches(entries: Collection[str], name: str) -> bool:
+    """Whether a list of targets matches a name, as PEFT does it, in time that does not grow with the list."""
+    parts = name.split(".")
+    return any(".".join(parts[first:]) in entries for first in range(len(parts)))

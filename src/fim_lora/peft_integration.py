@@ -13,22 +13,23 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import peft
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import FimConfig
 from .estimator import FisherEstimator
-from .gradient_norms import layer_type
+from .layer_types import TargetLayer, target_layer
 from .rank_allocation import RankAllocation
 
 _MODULE = "peft.tuners.lora.fim"
@@ -36,6 +37,8 @@ _PREFIX = "base_model.model."
 # Attribute of the base model: adapter name to estimator. It is a plain attribute, so that copies and pickles of the
 # model take it along, and it is in no state dict.
 _ESTIMATORS = "_fim_estimators"
+
+_Named = TypeVar("_Named")
 
 
 # --- Teaching PEFT ---
@@ -108,18 +111,20 @@ def _extend_lora_config() -> None:
             self.fim_config = FimConfig(**self.fim_config)
         if self.fim_config is not None and not isinstance(self.fim_config, FimConfig):
             raise TypeError(f"`fim_config` must be a FimConfig, a dict or None, got {self.fim_config!r}.")
-        with _presented_as_plain_lora(self):
-            plain_post_init(self)
         if awaits_ranks(self):
             self.fim_config = self.fim_config or FimConfig()
-        elif self.fim_config is not None:
+        # With the initialisation that is to come, so that PEFT refuses now what does not go with it.
+        with _presented_as(self, final_initialisation(self)):
+            plain_post_init(self)
+        if self.fim_config is not None and not awaits_ranks(self):
             warnings.warn(
                 "`fim_config` specified but will be ignored when `init_lora_weights` is not 'fim'.",
                 stacklevel=3,
             )
 
     def to_dict(self: LoraConfig) -> dict[str, Any]:
-        with _presented_as_plain_lora(self):
+        # An adapter without its ranks is plain LoRA.
+        with _presented_as(self, True):
             content = plain_to_dict(self)
         content.pop("fim_config", None)
         return content
@@ -146,13 +151,28 @@ def awaits_ranks(config: LoraConfig) -> bool:
     return config.init_lora_weights == "fim" and "fim_config" in config.__dataclass_fields__
 
 
+def final_initialisation(config: LoraConfig) -> bool | str:
+    """What `init_lora_weights` is after the allocation.
+
+    Args:
+        config: A LoRA config.
+
+    Returns:
+        The initialisation at the final ranks. `True` for directions from EVA, which are in the weights then.
+    """
+    if not awaits_ranks(config):
+        return config.init_lora_weights
+    chosen = config.fim_config.init_lora_weights
+    return True if chosen == "eva" else chosen
+
+
 @contextmanager
-def _presented_as_plain_lora(config: LoraConfig) -> Iterator[None]:
-    """Show PEFT, and whoever reads a written config, what an adapter without its ranks is: plain LoRA."""
+def _presented_as(config: LoraConfig, init_lora_weights: bool | str) -> Iterator[None]:
+    """Show PEFT, and whoever reads a written config, an initialisation that it knows."""
     if not awaits_ranks(config):
         yield
         return
-    config.init_lora_weights = True
+    config.init_lora_weights = init_lora_weights
     try:
         yield
     finally:
@@ -168,9 +188,8 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
             inject_adapter(self, model, adapter_name, *args, **kwargs)
             return
         # Before anything is changed: a layer without a defined eFIM raises here.
-        for name, layer in resolve_targets(model, config).items():
-            layer_type(name, layer)
-        with _presented_as_plain_lora(config):
+        resolve_targets(model, config)
+        with _presented_as(config, True):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
         if not config.inference_mode:
             _watch(self, model, adapter_name, config.fim_config)
@@ -180,8 +199,7 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
 
 
 def _watch(tuner: LoraModel, model: nn.Module, adapter_name: str, fim_config: FimConfig) -> None:
-    base_layers = {name: layer.get_base_layer() for name, layer in adapter_layers(model, adapter_name).items()}
-    estimator = FisherEstimator(base_layers, fim_config.fim_calibration_batches)
+    estimator = FisherEstimator(adapter_layers(model, adapter_name), fim_config.fim_calibration_batches)
     forget_estimator(model, adapter_name)  # of an adapter of that name that was unloaded
     # Some PeftModels call the tuner, and it the `forward` of the model; others call the model itself.
     estimator.attach(tuner, model)
@@ -204,29 +222,41 @@ def name_in_base_model(name: str) -> str:
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """The LoRA layers of an adapter.
+    """The LoRA layers of an adapter, by the names that PEFT matches with the keys of `rank_pattern`.
 
     Args:
         model: A `PeftModel`, or a model with injected adapters.
         adapter_name: The adapter.
 
     Returns:
-        Name, as in the base model, to LoRA layer.
+        Name, as in the base model, to LoRA layer. A parameter has the name of its module and its own. The output
+        projection of `nn.MultiheadAttention` is no entry, because PEFT gives it the rank of the whole.
 
     Raises:
         ValueError: If the model has no LoRA layer of that adapter.
     """
     layers = {
-        name_in_base_model(name): module
+        _name_of(name, module): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.r
     }
+    for name, layer in list(layers.items()):
+        if isinstance(layer, MultiheadAttention):
+            layers.pop(f"{name}.base_layer.out_proj", None)
     if not layers:
         raise ValueError(f"The model has no LoRA layer of an adapter {adapter_name!r}.")
     return layers
 
 
-def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+def _name_of(name: str, layer: LoraLayer) -> str:
+    name = name_in_base_model(name)
+    if not isinstance(layer, ParamWrapper):
+        return name
+    # The wrappers of several parameters of one module are nested.
+    return f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+
+
+def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLayer]:
     """The layers that PEFT would adapt, found by PEFT's own injection into a skeleton of the model.
 
     The skeleton shares every tensor with the model and has modules of its own; the adapters in it are on the meta
@@ -237,9 +267,10 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
         config: The LoRA config.
 
     Returns:
-        Name, as in the base model, to base layer.
+        Name, as in the base model, to the layer in the model.
 
     Raises:
+        TypeError: If a layer's class is not supported.
         ValueError: If PEFT finds nothing to adapt, or the config is not a LoRA config.
     """
     if not isinstance(config, LoraConfig):
@@ -248,7 +279,8 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     config.init_lora_weights = True
     config.use_dora = False
     config.layer_replication = None  # would change the config of the model, which the skeleton shares
-    skeleton = _skeleton(model, {})
+    clones: dict[int, tuple[nn.Module, nn.Module]] = {}
+    skeleton = _skeleton(model, clones)
     requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with warnings.catch_warnings():
@@ -258,21 +290,26 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module
     finally:
         for parameter, needed in requires_grad:
             parameter.requires_grad_(needed)
-    return {name: layer.get_base_layer() for name, layer in adapter_layers(skeleton, "default").items()}
+    originals = {id(clone): original for original, clone in clones.values()}
+    targets = {name: target_layer(name, layer) for name, layer in adapter_layers(skeleton, "default").items()}
+    return {name: dataclasses.replace(target, module=originals[id(target.module)]) for name, target in targets.items()}
 
 
-def _skeleton(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+def _skeleton(module: nn.Module, clones: dict[int, tuple[nn.Module, nn.Module]]) -> nn.Module:
     while isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
-    if id(module) not in done:
-        clone = done[id(module)] = copy.copy(module)
+    if id(module) not in clones:
+        clone = copy.copy(module)
+        clones[id(module)] = (module, clone)
         clone.__dict__.pop("peft_config", None)
+        # PEFT registers the weights of nn.MultiheadAttention anew.
+        clone.__dict__["_parameters"] = dict(module._parameters)
         clone.__dict__["_modules"] = {
-            name: None if child is None else _skeleton(child, done) for name, child in module._modules.items()
+            name: None if child is None else _skeleton(child, clones) for name, child in module._modules.items()
         }
-    return done[id(module)]
+    return clones[id(module)][1]
 
 
 @contextmanager
@@ -340,86 +377,186 @@ def forget_estimator(model: nn.Module, adapter_name: str) -> None:
 # --- Resizing ---
 
 
-def apply_allocation(model: nn.Module, adapter_name: str, allocation: RankAllocation, new_config: LoraConfig) -> None:
+def apply_allocation(
+    model: nn.Module,
+    adapter_name: str,
+    allocation: RankAllocation,
+    new_config: LoraConfig,
+    directions: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Give every LoRA layer its rank and fresh weights, by PEFT's own layer code; then adopt the new config.
 
-    All layers are rebuilt before anything is made final, so that a failure on the way leaves no trace.
+    All layers are rebuilt before anything is made final, so that a failure on the way leaves no trace. A layer of
+    rank 0 loses the adapter.
 
     Args:
         model: The model.
         adapter_name: The adapter.
         allocation: Ranks and `lora_alpha` of its layers.
         new_config: The adapter's config with the patterns of the allocation.
+        directions: Layer name to the new value of A (r_i × d_in), for an initialisation of A from data.
 
     Raises:
+        ValueError: If a rank is 0 and PEFT could not load the rest, or PEFT refuses the initialisation for a layer.
+        TypeError: If PEFT cannot initialise a layer from a weight of its dtype.
         RuntimeError: If a rebuilt layer has not the rank or scaling that was meant.
     """
     layers = adapter_layers(model, adapter_name)
-    before = {name: _LayerState(layer, adapter_name) for name, layer in layers.items()}
+    dropped = {name: layer for name, layer in layers.items() if allocation.ranks[name] == 0}
+    if dropped:
+        _require_droppable(model, adapter_name, dropped, set(layers) - set(dropped), new_config)
+    kept = {name: layer for name, layer in layers.items() if name not in dropped}
+    before = {name: _states(layer, adapter_name, new_config.init_lora_weights) for name, layer in kept.items()}
     try:
-        for name, layer in layers.items():
+        for name, layer in kept.items():
             rank, alpha = allocation.ranks[name], allocation.alphas[name]
-            layer.update_layer(adapter_name, rank, lora_alpha=alpha, **_update_arguments(layer, new_config))
-            before[name].carry_over(layer)
-            _verify_layer(name, layer, adapter_name, rank, alpha, allocation.use_rslora)
+            a = None if directions is None else directions.get(name)
+            _rebuild(layer, adapter_name, rank, alpha, new_config, a)
+            for state in before[name]:
+                state.carry_over()
+                _verify_layer(name, state.layer, adapter_name, rank, alpha, new_config)
     except BaseException:
-        for name, layer in layers.items():
-            before[name].restore(layer)
+        for states in before.values():
+            for state in states:
+                state.restore()
         raise
-    for name, layer in layers.items():
-        before[name].keep_parameters(layer)
+    for states in before.values():
+        for state in states:
+            state.keep_parameters()
+    for layer in dropped.values():
+        _drop(model, layer, adapter_name)
     # In place, because the model and its tuner share the object.
     config = cast(Any, model).peft_config[adapter_name]
     config.__dict__.update(new_config.__dict__)
 
 
+def _rebuild(
+    layer: Any, adapter_name: str, rank: int, alpha: float, config: LoraConfig, a: torch.Tensor | None
+) -> None:
+    if a is not None:
+        config = copy.copy(config)
+        config.init_lora_weights = "eva"  # PEFT's name for: B is zero, and A comes
+    layer.update_layer(adapter_name, rank, lora_alpha=alpha, **_update_arguments(layer, config))
+    if a is not None:
+        weight = layer.lora_A[adapter_name].weight
+        weight.data = a.to(device=weight.device, dtype=weight.dtype).contiguous()
+
+
+def _states(layer: Any, adapter_name: str, init_lora_weights: bool | str) -> list[_LayerState]:
+    """The state of a layer, and of the one that PEFT rebuilds with it."""
+    together = [layer, layer.base_layer.out_proj] if isinstance(layer, MultiheadAttention) else [layer]
+    return [_LayerState(one, adapter_name, init_lora_weights) for one in together]
+
+
 class _LayerState:
     """What a LoRA layer was before PEFT rebuilt one of its adapters."""
 
-    def __init__(self, layer: Any, adapter_name: str) -> None:
+    def __init__(self, layer: Any, adapter_name: str, init_lora_weights: bool | str) -> None:
+        self.layer = layer
         self._adapter_name = adapter_name
         self._entries = {
             container: getattr(layer, container)[adapter_name]
             for container in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant")
             if adapter_name in _container(layer, container)
         }
-        self._parameters = dict(layer.named_parameters())
+        self._parameters = dict(self._own(layer.named_parameters()))
         self._requires_grad = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
-        self._training = {name: module.training for name, module in layer.named_modules()}
+        self._training = {name: module.training for name, module in self._own(layer.named_modules())}
+        self._base_weight = _weight_before(layer, init_lora_weights)
 
-    def carry_over(self, layer: LoraLayer) -> None:
+    def carry_over(self) -> None:
         """Give the rebuilt adapter the device, dtype, mode, dropout and `requires_grad` of the one before."""
         if "lora_dropout" in self._entries:
-            layer.lora_dropout[self._adapter_name] = self._entries["lora_dropout"]
-        for name, parameter in layer.named_parameters():
+            self.layer.lora_dropout[self._adapter_name] = self._entries["lora_dropout"]
+        for name, parameter in self._own(self.layer.named_parameters()):
             old = self._parameters.get(name)
             if old is not None and old is not parameter and old.device.type != "meta":
                 parameter.data = parameter.data.to(device=old.device, dtype=old.dtype)
-        self._set_flags(layer)
+        self._set_flags()
 
-    def keep_parameters(self, layer: LoraLayer) -> None:
+    def keep_parameters(self) -> None:
         """Put the new tensors into the `nn.Parameter` objects of before, which an optimizer may hold."""
-        for name, parameter in list(layer.named_parameters()):
+        for name, parameter in list(self._own(self.layer.named_parameters())):
             old = self._parameters.get(name)
             if old is None or old is parameter or old.device.type == "meta":
                 continue
             old.grad = None
             old.data = parameter.data
             owner, _, attribute = name.rpartition(".")
-            setattr(layer.get_submodule(owner), attribute, old)
+            setattr(self.layer.get_submodule(owner), attribute, old)
 
-    def restore(self, layer: LoraLayer) -> None:
+    def restore(self) -> None:
         """Put everything back."""
         for container, entry in self._entries.items():
-            getattr(layer, container)[self._adapter_name] = entry
-        self._set_flags(layer)
+            getattr(self.layer, container)[self._adapter_name] = entry
+        if self._base_weight is not None:
+            self.layer.get_base_layer().weight.data = self._base_weight
+        self._set_flags()
 
-    def _set_flags(self, layer: LoraLayer) -> None:
-        for name, parameter in layer.named_parameters():
+    def _set_flags(self) -> None:
+        for name, parameter in self._own(self.layer.named_parameters()):
             if name in self._requires_grad:
                 parameter.requires_grad_(self._requires_grad[name])
-        for name, module in layer.named_modules():
-            module.training = self._training.get(name, layer.training)
+        for name, module in self._own(self.layer.named_modules()):
+            module.training = self._training.get(name, self.layer.training)
+
+    @staticmethod
+    def _own(named: Iterable[tuple[str, _Named]]) -> list[tuple[str, _Named]]:
+        """Without the base layer, in which other LoRA layers may lie."""
+        return [(name, value) for name, value in named if name.partition(".")[0] != "base_layer"]
+
+
+def _weight_before(layer: Any, init_lora_weights: bool | str) -> torch.Tensor | None:
+    """The base weight, if the initialisation takes the adapter out of it."""
+    if not isinstance(init_lora_weights, str) or not init_lora_weights.startswith(("pissa", "olora")):
+        return None
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if weight is None:
+        return None
+    # OLoRA subtracts in place.
+    return weight.data.clone() if init_lora_weights == "olora" else weight.data
+
+
+def _require_droppable(
+    model: nn.Module, adapter_name: str, dropped: Mapping[str, LoraLayer], kept: set[str], config: LoraConfig
+) -> None:
+    for name, layer in dropped.items():
+        others = sorted(set(layer.r) - {adapter_name})
+        if isinstance(layer, ParamWrapper) and others:
+            raise ValueError(
+                f"Parameter {name!r} got rank 0, but adapter {others[0]!r} adapts it too, and PEFT tells parameters "
+                "apart by the order in which they are wrapped: use r_min=1, or delete the other adapter first."
+            )
+    found = set(resolve_targets(model, config))
+    if found != kept:
+        raise ValueError(
+            f"Without the layers of rank 0, PEFT would adapt other layers than meant: {sorted(found ^ kept)}. Use "
+            "r_min=1."
+        )
+
+
+def _drop(model: nn.Module, layer: Any, adapter_name: str) -> None:
+    """Take an adapter off a layer, and the LoRA layer away if it was the last."""
+    for state in _states(layer, adapter_name, True):
+        for parameter in state.layer.parameters():
+            parameter.grad = None
+    if set(layer.r) - {adapter_name}:
+        for state in _states(layer, adapter_name, True):
+            state.layer.delete_adapter(adapter_name)
+        return
+    parent, attribute = next(
+        (module, child_name)
+        for module in model.modules()
+        for child_name, child in module.named_children()
+        if child is layer
+    )
+    if isinstance(layer, MultiheadAttention):
+        base = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+    elif isinstance(layer, ParamWrapper):
+        base = layer.base_layer  # a further wrapper, if several parameters are adapted
+    else:
+        base = layer.get_base_layer()
+    setattr(parent, attribute, base)
 
 
 def _container(layer: LoraLayer, name: str) -> Any:
@@ -430,17 +567,29 @@ def _container(layer: LoraLayer, name: str) -> Any:
 
 def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:
     """`update_layer` takes the config from PEFT 0.19 on, and before that the fields of it that it needs."""
-    parameters = inspect.signature(layer.update_layer).parameters
+    signatures = (
+        inspect.signature(owner.__dict__["update_layer"]).parameters
+        for owner in type(layer).__mro__
+        if "update_layer" in owner.__dict__
+    )
+    # That of nn.MultiheadAttention only passes on what it gets.
+    parameters = next(parameters for parameters in signatures if "r" in parameters)
     if "config" in parameters:
         return {"config": config}
-    own = ("adapter_name", "r", "lora_alpha", "kwargs")
+    own = ("self", "adapter_name", "r", "lora_alpha", "kwargs")
     return {name: getattr(config, name) for name in parameters if name not in own and hasattr(config, name)}
 
 
-def _verify_layer(name: str, layer: LoraLayer, adapter_name: str, rank: int, alpha: float, use_rslora: bool) -> None:
-    scaling = alpha / (rank**0.5 if use_rslora else rank)
+def _verify_layer(name: str, layer: LoraLayer, adapter_name: str, rank: int, alpha: float, config: LoraConfig) -> None:
+    scaling = alpha / (rank**0.5 if config.use_rslora else rank)
     found = (layer.r[adapter_name], layer.scaling[adapter_name])
     if found[0] != rank or not torch.isclose(torch.tensor(found[1]), torch.tensor(scaling)):
         raise RuntimeError(
             f"PEFT built layer {name!r} with rank {found[0]} and scaling {found[1]}, not {rank} and {scaling}."
         )
+    for factor in (factors[adapter_name] for factors in (layer.lora_A, layer.lora_B) if adapter_name in factors):
+        if isinstance(factor, nn.Linear) and factor.weight.shape != (factor.out_features, factor.in_features):
+            raise RuntimeError(
+                f"PEFT gave layer {name!r} weights of a shape that does not fit it: it does not support "
+                f"init_lora_weights={config.init_lora_weights!r} for {type(layer.get_base_layer()).__name__}."
+            )

@@ -15,10 +15,13 @@ from .allocation import allocate_ranks, budget_of
 from .config import FimConfig
 from .json_files import InvalidFileError, read_json, write_json
 from .layer_grid import format_grid
-from .patterns import resolve_pattern, write_pattern
+from .patterns import Value, resolve_pattern, write_pattern, write_targets
 from .scores import FimScores
 
 SCHEMA_VERSION = 1
+
+# Scalings closer than this are one scaling: far above rounding errors, far below what a trained adapter notices.
+_SCALING_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class RankAllocation:
     """The result: one rank and one `lora_alpha` per layer, and what they came from.
 
     Attributes:
-        ranks: Layer name, as in the base model, to rank.
-        alphas: Layer name to `lora_alpha` of the layer.
+        ranks: Layer name, as in the base model, to rank. 0 means that the layer loses its adapter.
+        alphas: Layer name to `lora_alpha` of the layer; of a layer of rank 0, its base `lora_alpha`.
         scores: The scores, with counts of batches and examples.
         fim_config: How ranks were decided.
         r: Global rank of the LoRA config.
@@ -74,6 +77,8 @@ class RankAllocation:
             budget=fim_config.budget,
             score_exponent=fim_config.score_exponent,
             shapes=scores.shapes,
+            parameters_per_rank=scores.parameters_per_rank,
+            rank_steps=_rank_steps(scores, fim_config),
         )
         alphas = base_alphas
         if fim_config.adjust_scaling_factors:
@@ -89,19 +94,24 @@ class RankAllocation:
             r=config.r,
             lora_alpha=config.lora_alpha,
             use_rslora=config.use_rslora,
-            budget=budget_of(base_ranks, fim_config.budget, scores.shapes),
-            budget_used=budget_of(ranks, fim_config.budget, scores.shapes),
+            budget=budget_of(base_ranks, fim_config.budget, scores.parameters_per_rank),
+            budget_used=budget_of(ranks, fim_config.budget, scores.parameters_per_rank),
         )
 
     @property
     def rank_pattern(self) -> dict[str, int]:
-        """`rank_pattern` for PEFT: an entry for each layer whose rank is not the global `r`."""
-        return write_pattern(self.ranks, self.r)
+        """`rank_pattern` for PEFT: an entry for each adapted layer whose rank is not the global `r`."""
+        return write_pattern(self._kept(self.ranks), self.r)
 
     @property
     def alpha_pattern(self) -> dict[str, float]:
-        """`alpha_pattern` for PEFT: an entry for each layer whose `lora_alpha` is not the global one."""
-        return write_pattern(self.alphas, self.lora_alpha)
+        """`alpha_pattern` for PEFT: an entry for each adapted layer whose `lora_alpha` is not the global one."""
+        return write_pattern(self._kept(self.alphas), self.lora_alpha)
+
+    @property
+    def dropped_layers(self) -> list[str]:
+        """The layers of rank 0, which get no adapter."""
+        return [name for name, rank in self.ranks.items() if rank == 0]
 
     @property
     def num_batches(self) -> int:
@@ -115,21 +125,35 @@ class RankAllocation:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters of the adapter: `Σ r_i (d_in + d_out)`."""
-        return budget_of(self.ranks, "parameters", self.scores.shapes)
+        """Trainable parameters of the adapter: `Σ r_i c_i`, with what a rank of each layer costs."""
+        return budget_of(self.ranks, "parameters", self.scores.parameters_per_rank)
 
-    def to_lora_config(self, base_config: LoraConfig) -> LoraConfig:
+    def to_lora_config(self, base_config: LoraConfig, *, serving: bool = False) -> LoraConfig:
         """The config of an ordinary LoRA adapter with these ranks, for stock PEFT and any trainer.
 
+        If layers lose their adapter, `target_modules` and `target_parameters` name those that keep one.
+
+        Servers such as vLLM and TensorRT-LLM read no patterns. They read `r`, which no rank may exceed, and scale
+        every layer by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`. With `serving=True` these
+        numbers are right for all layers, and the patterns make it the same adapter for PEFT. Ranks, scalings and
+        tensors are the same, so it can also replace the config of a trained adapter:
+        `allocation.to_lora_config(model.peft_config["default"], serving=True).save_pretrained(folder)`.
+
         Args:
-            base_config: The config that the scores were allocated with; it is not changed.
+            base_config: The config that the scores were allocated with, or that of the adapter made from it; it is
+                not changed.
+            serving: Whether the global `r` is the largest rank, and the global `lora_alpha` the one that gives
+                every layer its scaling. Otherwise both are those of `base_config`.
 
         Returns:
             A copy without any trace of `"fim"`, with `rank_pattern` and `alpha_pattern`.
 
         Raises:
             ValueError: If `base_config` has another `r`, `lora_alpha` or `use_rslora` than the allocation, which
-                would give other ranks or scalings than the ones decided.
+                would give other ranks or scalings than the ones decided; if no layer keeps an adapter; if a
+                parameter that keeps its adapter cannot be told from one that loses it; if `serving` is asked for
+                and the layers do not share one scaling, or the initialisation changed the base weights; or if
+                directions are to come from EVA, which needs the model.
         """
         for field in ("r", "lora_alpha", "use_rslora"):
             if getattr(base_config, field) != getattr(self, field):
@@ -139,12 +163,54 @@ class RankAllocation:
                 )
         config = copy.deepcopy(base_config)
         if config.init_lora_weights == "fim":
-            config.init_lora_weights = True
+            config.init_lora_weights = self._initialisation()
+        if serving and str(config.init_lora_weights).startswith(("pissa", "olora")):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} takes the adapter out of the base weights, which a "
+                "server does not do: convert it with save_pretrained(..., path_initial_model_for_weight_conversion="
+                "...) of PEFT, or merge it."
+            )
         if getattr(config, "fim_config", None) is not None:
             config.fim_config = None
-        config.rank_pattern = self.rank_pattern
-        config.alpha_pattern = self.alpha_pattern
+        if serving:
+            config.r, config.lora_alpha = self._global_rank_and_alpha()
+        config.rank_pattern = write_pattern(self._kept(self.ranks), config.r)
+        config.alpha_pattern = write_pattern(self._kept(self.alphas), config.lora_alpha)
+        if self.dropped_layers:
+            write_targets(config, list(self._kept(self.ranks)), self.dropped_layers)
         return config
+
+    def _initialisation(self) -> bool | str:
+        if self.fim_config.init_lora_weights == "eva":
+            raise ValueError(
+                "Directions from EVA are in no config: let `initialize_lora_fim_ranks` initialise the adapter, or "
+                "choose another init_lora_weights."
+            )
+        return self.fim_config.init_lora_weights
+
+    def _kept(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        return {name: value for name, value in values.items() if self.ranks[name] > 0}
+
+    def _global_rank_and_alpha(self) -> tuple[int, float]:
+        """`r` and `lora_alpha` of a layer of the largest rank, if their scaling is that of every layer."""
+        kept = self._kept(self.ranks)
+        largest = max(kept, key=lambda name: kept[name], default=None)
+        if largest is None:
+            raise ValueError("No layer keeps an adapter: there is nothing to serve.")
+        shared = self._scaling(largest)
+        for name in kept:
+            scaling = self._scaling(name)
+            if not math.isclose(scaling, shared, rel_tol=_SCALING_TOLERANCE):
+                raise ValueError(
+                    f"Layer {largest!r} has scaling {shared:.6g}, layer {name!r} has {scaling:.6g}, but a server "
+                    "knows one scaling for all layers: allocate with adjust_scaling_factors=True and without "
+                    "rank_pattern and alpha_pattern in the base config."
+                )
+        return self.ranks[largest], self.alphas[largest]
+
+    def _scaling(self, name: str) -> float:
+        rank = self.ranks[name]
+        return self.alphas[name] / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
@@ -180,8 +246,8 @@ class RankAllocation:
         alphas = {name: _integer_if_whole(float(alpha)) for name, alpha in content["alphas"].items()}
         if not set(ranks) == set(alphas) == set(scores):
             raise ValueError("ranks, alphas and scores name different layers")
-        if min(ranks.values(), default=1) < 1:
-            raise ValueError("a rank is below 1")
+        if min(ranks.values(), default=0) < 0:
+            raise ValueError("a rank is negative")
         if not all(math.isfinite(alpha) for alpha in alphas.values()):
             raise ValueError("an alpha is not finite")
         return cls(
@@ -239,7 +305,7 @@ class RankAllocation:
 
 
 def verify_patterns(config: LoraConfig, allocation: RankAllocation) -> None:
-    """Resolve every layer through PEFT's own matching, and refuse if one gets another value than was meant.
+    """Resolve every adapted layer through PEFT's own matching; refuse if one gets another value than was meant.
 
     Args:
         config: The config with the patterns written.
@@ -252,8 +318,9 @@ def verify_patterns(config: LoraConfig, allocation: RankAllocation) -> None:
         ("rank_pattern", config.r, allocation.ranks),
         ("alpha_pattern", config.lora_alpha, allocation.alphas),
     ):
-        resolved = resolve_pattern(getattr(config, attribute), meant, default)
-        for name, value in meant.items():
+        kept = {name: value for name, value in meant.items() if allocation.ranks[name] > 0}
+        resolved = resolve_pattern(getattr(config, attribute), kept, default)
+        for name, value in kept.items():
             if resolved[name] != value:
                 raise RuntimeError(
                     f"PEFT would give layer {name!r} the value {resolved[name]!r} of {attribute}, not {value!r}. "
@@ -261,7 +328,15 @@ def verify_patterns(config: LoraConfig, allocation: RankAllocation) -> None:
                 )
 
 
+def _rank_steps(scores: FimScores, fim_config: FimConfig) -> dict[str, int]:
+    """Orthogonal initialisation in PEFT takes only even ranks."""
+    least = 2 if fim_config.init_lora_weights == "orthogonal" else 1
+    return {name: math.lcm(step, least) for name, step in scores.rank_steps.items()}
+
+
 def _alpha_with_same_scaling(alpha: float, base_rank: int, rank: int, use_rslora: bool) -> float:
+    if rank == 0:
+        return alpha
     ratio = rank / base_rank
     if use_rslora:
         return _integer_if_whole(alpha * math.sqrt(ratio))
