@@ -62,6 +62,7 @@ class AllocateOptions:
         dtype: `"auto"` or name of a torch dtype.
         device: Where to calibrate.
         seed: Decides which examples are drawn, and the values of a new classification head.
+        serving: Whether `r` and `lora_alpha` are written for servers; see `RankAllocation.to_lora_config`.
     """
 
     model: str
@@ -81,6 +82,7 @@ class AllocateOptions:
     dtype: str
     device: torch.device
     seed: int
+    serving: bool
 
     def lora_config(self, model_name: str) -> LoraConfig:
         """The config of the adapter that awaits its ranks.
@@ -149,7 +151,7 @@ def allocate(options: AllocateOptions, console: Console) -> None:
             batches = examples.batches(tokenizer, options.batch_size)
             scores = get_fim_scores(model, batches, config, show_progress_bar=show_progress_bars)
     allocation = RankAllocation.from_scores(scores, config)
-    new_config = allocation.to_lora_config(config)
+    new_config = allocation.to_lora_config(config, serving=options.serving)
     verify_patterns(new_config, allocation)
     _write(options, allocation, new_config, _provenance(options, source, model, data))
     print_summary(console, allocation, _facts(options, model, data, examples, times))

@@ -14,16 +14,19 @@ from peft import LoraConfig
 from .. import __version__
 from ..allocation import BUDGETS, Budget
 from ..config import FimConfig
+from ..exports import FORMATS
 from ..plotting import draw_rank_map
 from ..rank_allocation import RankAllocation
 from .allocate import AllocateOptions, allocate
 from .data import ROLES
 from .errors import EXIT_INTERRUPTED, report, warnings_as_lines
+from .export import export_folder
 from .models import DTYPES, TASKS, Task
-from .output import ALLOCATION, RANK_MAP, staged
+from .output import ALLOCATION, RANK_MAP, require_writable_file, staged, write_text
 from .summary import make_console, print_summary
 
 _REGEX_CHARACTERS = frozenset(r"\^$*+?{}[]()|")
+_SERVING_HELP = "Write r and lora_alpha for servers that read nothing else, such as vLLM: r is the largest rank."
 
 app = typer.Typer(
     name="fim-lora",
@@ -126,6 +129,7 @@ def _allocate(
         str | None, typer.Option(help="Device.", metavar="NAME", show_default="cuda if there is one, else cpu")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides which examples are drawn.", metavar="N")] = 0,
+    serving: Annotated[bool, typer.Option("--serving", help=_SERVING_HELP)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace our files in the folder.")] = False,
 ) -> None:
     """Measure how sensitive every layer is, and write a LoRA config with a rank for each."""
@@ -150,6 +154,7 @@ def _allocate(
         dtype=dtype,
         device=_device(device),
         seed=seed,
+        serving=serving,
     )
     allocate(options, make_console())
 
@@ -163,6 +168,34 @@ def _show(
     print_summary(make_console(), allocation, {})
     with staged(folder) as stage:
         draw_rank_map(allocation, stage / RANK_MAP)
+
+
+@app.command("export")
+def _export(
+    folder: Annotated[Path, typer.Argument(help="Folder that fim-lora allocate wrote.", metavar="DIR")],
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="A table, the LoRA part of a config for axolotl, or PEFT's adapter_config.json.",
+            metavar="|".join(FORMATS),
+        ),
+    ],
+    serving: Annotated[bool, typer.Option("--serving", help=_SERVING_HELP)] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the result.", metavar="FILE", show_default="standard output")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write an allocation in the format of another tool."""
+    _require_choice("--format", file_format, FORMATS)
+    if output is not None:
+        require_writable_file(output, overwrite)
+    text = export_folder(folder, file_format, serving)
+    if output is None:
+        print(text, end="")
+    else:
+        write_text(output, text)
 
 
 def _require_choice(option: str, value: str, choices: Sequence[str]) -> None:

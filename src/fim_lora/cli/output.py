@@ -1,4 +1,4 @@
-"""The output folder: checked before the work, written completely or not at all."""
+"""Output folders and files: checked before the work, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -31,11 +31,38 @@ def require_writable(folder: Path, overwrite: bool) -> None:
         raise CommandError(f"{folder} exists and is no folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise CommandError(f"{folder} is not empty: give another --output, or --overwrite to replace our files in it.")
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise CommandError(f"{folder} cannot be made: {existing} is no folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise CommandError(f"{existing}: Permission denied")
+    _require_place_for(folder)
+
+
+def require_writable_file(file: Path, overwrite: bool) -> None:
+    """Refuse a file that could not be written in the end.
+
+    Args:
+        file: The output file.
+        overwrite: Whether it may be replaced.
+
+    Raises:
+        CommandError: If it is a folder, exists and may not be overwritten, or cannot be written.
+    """
+    if file.is_dir():
+        raise CommandError(f"{file} is a folder: give a file as --output.")
+    if file.exists() and not overwrite:
+        raise CommandError(f"{file} exists: give another --output, or --overwrite to replace it.")
+    _require_place_for(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file, completely or not at all.
+
+    Args:
+        file: The file; missing folders above it are made.
+        text: What to write.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with staged(file.parent) as stage:
+        (stage / file.name).write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -68,3 +95,11 @@ def staged(folder: Path) -> Iterator[Path]:
             return
         for file in sorted(stage.iterdir()):
             file.replace(folder / file.name)
+
+
+def _require_place_for(folder: Path) -> None:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise CommandError(f"{folder} cannot be made: {existing} is no folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CommandError(f"{existing}: Permission denied")

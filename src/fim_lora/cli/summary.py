@@ -53,7 +53,9 @@ def print_summary(console: Console, allocation: RankAllocation, facts: Mapping[s
 
 
 def _facts(allocation: RankAllocation) -> dict[str, str]:
-    uniform = budget_of(dict.fromkeys(allocation.ranks, allocation.r), "parameters", allocation.scores.shapes)
+    uniform = budget_of(
+        dict.fromkeys(allocation.ranks, allocation.r), "parameters", allocation.scores.parameters_per_rank
+    )
     unit = "ranks" if allocation.fim_config.budget == "rank" else "parameters"
     ranks = allocation.ranks.values()
     return {
