@@ -1,0 +1,395 @@
+"""Quantised base weights: the eFIM is that of the dequantised weight, which autograd on a float64 copy tells."""
+
+import importlib.util
+import inspect
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+
+from fim_lora import get_fim_scores, initialize_lora_fim_ranks
+from test_initialization import fim_lora_config, logits, randomise, run_own_loop
+from test_stock_peft import stock
+from tiny_models import VOCABULARY, llama, lm_batches, names_of, per_example_scores
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def nf4(compute_dtype=torch.float32):
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def torchao(name, **options):
+    return TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), name)(**options))
+
+
+# The configuration, and the largest relative error of a score. Measured: at most 5e-7, the noise of float32, and 6e-3
+# where bitsandbytes multiplies in bfloat16. The weights before quantisation have scores that differ by 0.3 % to 50 %.
+CASES = {
+    "bnb int8": (partial(BitsAndBytesConfig, load_in_8bit=True), 1e-5),
+    "bnb nf4": (nf4, 1e-5),
+    "bnb nf4 bfloat16": (partial(nf4, torch.bfloat16), 2e-2),
+    "torchao int8": (partial(torchao, "Int8WeightOnlyConfig"), 1e-5),
+    "torchao int4": (partial(torchao, "IntxWeightOnlyConfig", weight_dtype=torch.int4), 1e-5),
+    "torchao float8": (partial(torchao, "Float8WeightOnlyConfig"), 1e-5),
+}
+
+
+def float_llama():
+    """Wide enough for blocks of 64, and with a large first column in every weight, so that quantisation costs."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        initializer_range=0.1,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name in names_of(model, *TARGETS):
+            model.get_submodule(name).weight[:, 0] *= 4
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    float_llama().save_pretrained(folder)
+    return folder
+
+
+def load(folder, quantization_config):
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config, dtype=torch.float32)
+
+
+def dequantised(layer):
+    weight = layer.weight
+    if type(weight).__name__ == "Int8Params":
+        return weight.CB.double() * weight.SCB.double()[:, None] / 127
+    if type(weight).__name__ == "Params4bit":
+        return importlib.import_module("bitsandbytes").functional.dequantize_4bit(weight, weight.quant_state).double()
+    return weight.dequantize().double()
+
+
+def dequantised_model(quantised):
+    """The same model with plain `nn.Linear`, in float64. `quantised` has to be fresh: some libraries repack."""
+    model = float_llama().double()
+    for name in names_of(model, *TARGETS):
+        model.get_submodule(name).weight.data = dequantised(quantised.get_submodule(name))
+    return model
+
+
+def worst_error(scores, truth):
+    return max(abs(scores[name].mean / values.mean().item() - 1) for name, values in truth.items())
+
+
+def has_inference_kernel(quantisation):
+    """Whether bitsandbytes computes something else in eval mode than in training mode, on this CPU.
+
+    Its int8 layers then quantise the activations too. Its 4-bit layers, on CPUs with AVX512-BF16, repack their weight
+    for a kernel that has no backward pass and multiplies in bfloat16.
+    """
+    functional = importlib.import_module("bitsandbytes").functional
+    return quantisation == "bnb int8" or (quantisation.startswith("bnb nf4") and functional.has_avx512bf16())
+
+
+@pytest.fixture(scope="module")
+def truth(folder):
+    """Per-example scores of the dequantised model, once for every quantisation."""
+    known = {}
+
+    def of(quantisation):
+        if quantisation not in known:
+            make, tolerance = CASES[quantisation]
+            model = dequantised_model(load(folder, make()))
+            names = names_of(model, *TARGETS)
+            known[quantisation] = per_example_scores(model, lm_batches(), names)
+            original = per_example_scores(float_llama(), lm_batches(), names)
+            differences = [abs(original[name].mean() / known[quantisation][name].mean() - 1) for name in names]
+            # Else the comparisons below could not tell the two apart.
+            assert max(differences) > 5 * tolerance
+            assert sum(difference > tolerance for difference in differences) > len(names) / 2
+        return known[quantisation]
+
+    return of
+
+
+def adapted(base, kbit=False):
+    if kbit:
+        base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(1)
+    return get_peft_model(base, fim_lora_config(target_modules=TARGETS, task_type="CAUSAL_LM"))
+
+
+# --- Libraries that run here ---
+
+
+@pytest.mark.parametrize("kbit", [False, True])
+@pytest.mark.parametrize("quantisation", CASES)
+def test_own_loop_equals_autograd_of_the_dequantised_weight(folder, truth, quantisation, kbit):
+    make, tolerance = CASES[quantisation]
+    model = adapted(load(folder, make()), kbit).train()
+    run_own_loop(model)
+    scores = initialize_lora_fim_ranks(model).scores
+    assert worst_error(scores, truth(quantisation)) < tolerance
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize("quantisation", CASES)
+def test_dataloader_equals_autograd_of_the_dequantised_weight(folder, truth, quantisation, with_adapter):
+    make, tolerance = CASES[quantisation]
+    base = load(folder, make())
+    if with_adapter:
+        scores = initialize_lora_fim_ranks(adapted(base), lm_batches(), show_progress_bar=False).scores
+    else:
+        scores = get_fim_scores(base, lm_batches(), fim_lora_config(target_modules=TARGETS), show_progress_bar=False)
+    assert worst_error(scores, truth(quantisation)) < tolerance
+
+
+@pytest.mark.parametrize("quantisation", ["bnb int8", "bnb nf4"])
+def test_calibration_leaves_the_packed_weights_alone(folder, quantisation):
+    model = load(folder, CASES[quantisation][0]())
+    names = names_of(model, *TARGETS)
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
+    get_fim_scores(model, lm_batches(), fim_lora_config(target_modules=TARGETS), show_progress_bar=False)
+    assert all(torch.equal(model.get_submodule(name).weight, before[name]) for name in names)
+    assert not model.training
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("source", ["own loop", "dataloader"])
+def test_weights_repacked_by_an_evaluation_before_are_an_error_and_no_wrong_score(folder, source):
+    if not has_inference_kernel("bnb nf4"):
+        pytest.skip("bitsandbytes repacks weights only on CPUs with AVX512-BF16")
+    model = adapted(load(folder, nf4()))
+    logits(model)
+    model.train()
+    with pytest.raises(RuntimeError, match="bitsandbytes"):  # noqa: PT012
+        if source == "own loop":
+            run_own_loop(model)
+        initialize_lora_fim_ranks(model, None if source == "own loop" else lm_batches(), show_progress_bar=False)
+
+
+def test_from_loading_to_stock_peft(folder, tmp_path):
+    """Ranks, an unchanged output, and an adapter that stock PEFT puts on the same quantised model in one process."""
+    configs = {}
+    for quantisation, kbit in [*((quantisation, False) for quantisation in CASES), ("bnb nf4", True)]:
+        make, _ = CASES[quantisation]
+        configs[f"{quantisation} {kbit}"] = (make(), kbit)
+        base = load(folder, make())
+        if kbit:
+            base = prepare_model_for_kbit_training(base)
+        expected = logits(base)
+        model = adapted(load(folder, make()), kbit).train()
+        run_own_loop(model)
+        allocation = initialize_lora_fim_ranks(model)
+        assert len(set(allocation.ranks.values())) > 1
+        assert sum(allocation.ranks.values()) == allocation.budget
+        assert torch.equal(logits(model), expected)
+        randomise(model)
+        with_adapter = logits(model)  # before saving, which makes bitsandbytes unpack its weights with a loss
+        assert not torch.allclose(with_adapter, expected, atol=0.1)
+        adapter = tmp_path / f"{quantisation} {kbit}"
+        model.save_pretrained(adapter)
+        torch.save(with_adapter, adapter / "logits.pt")
+    (tmp_path / "configs.pickle").write_bytes(pickle.dumps(configs))
+    stock(f"""
+        warnings.simplefilter("ignore")
+        import pickle
+        from pathlib import Path
+        from peft import prepare_model_for_kbit_training
+        from transformers import AutoModelForCausalLM
+        folder = Path({str(tmp_path)!r})
+        for name, (config, kbit) in pickle.loads((folder / "configs.pickle").read_bytes()).items():
+            base = AutoModelForCausalLM.from_pretrained(
+                {str(folder)!r}, quantization_config=config, dtype=torch.float32
+            )
+            if kbit:
+                base = prepare_model_for_kbit_training(base)
+            model = PeftModel.from_pretrained(base, folder / name).eval()
+            with torch.no_grad():
+                logits = model(**token_batch()).logits
+            torch.testing.assert_close(logits, torch.load(folder / name / "logits.pt"), rtol=1e-5, atol=1e-5)
+    """)
+
+
+def test_refusals_of_peft_reach_the_user():
+    """torchao makes an `Int4Tensor` only with a GPU, but PEFT's answer to one can be had anywhere."""
+    if "Int4Tensor" not in inspect.getsource(importlib.import_module("peft.tuners.lora.torchao")):
+        pytest.skip("this version of PEFT refuses no Int4Tensor")
+    int4_tensor = importlib.import_module("torchao.quantization").Int4Tensor
+    scale = torch.ones(1, 24, dtype=torch.bfloat16)
+    weight = int4_tensor(torch.zeros(24, 12, dtype=torch.int8), scale, scale, [1, 24], torch.Size([24, 24]))
+    model = llama()
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(weight, requires_grad=False)
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(TypeError, match="TorchaoLoraLinear only supports int8 weights for now"):
+        get_fim_scores(model, lm_batches(), fim_lora_config(), show_progress_bar=False)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+
+
+def test_layers_that_pass_no_gradient_on_are_an_error(folder):
+    """torchao's int8 product of two quantised matrices has no gradient, so nothing before it can be trained either."""
+    model = load(folder, torchao("Int8DynamicActivationInt8WeightConfig"))
+    config = fim_lora_config(target_modules=TARGETS)
+    with pytest.raises(RuntimeError, match=r"self_attn\.o_proj.*passes no gradient on to its input"):
+        get_fim_scores(model, lm_batches(), config, show_progress_bar=False)
+    with pytest.raises(RuntimeError, match="passes no gradient on to its input"):
+        run_own_loop(get_peft_model(load(folder, torchao("Int8DynamicActivationInt8WeightConfig")), config))
+
+
+# --- Libraries that do not: a layer of the same kind under PEFT's own LoRA layers for them ---
+
+
+class Product(torch.autograd.Function):
+    """`x Wᵀ` with a gradient for `x` only, as in the kernels of these libraries."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.saved_tensors[0], None
+
+
+class PackedLinear(nn.Module):
+    """Four bits per entry and a scale per row. Not an `nn.Linear`, and no parameter that could be read as a weight."""
+
+    packed_name = "qweight"
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        weight = linear.weight.detach()
+        scales = weight.abs().amax(1, keepdim=True) / 7
+        levels = (weight / scales).round().to(torch.int32) + 8
+        self.register_buffer(self.packed_name, (levels[:, ::2] | levels[:, 1::2] << 4).to(torch.uint8))
+        self.register_buffer("scales", scales)
+
+    def dequantised(self):
+        packed = getattr(self, self.packed_name)
+        levels = torch.stack((packed & 15, packed >> 4), dim=2).flatten(1)
+        return (levels.to(self.scales.dtype) - 8) * self.scales
+
+    def forward(self, x):
+        return Product.apply(x, self.dequantised())
+
+
+PACKED = ("q_proj", "v_proj", "down_proj")
+
+
+def packed_llama(layer_class):
+    model = llama().double()
+    for name in names_of(model, *PACKED):
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, layer_class(model.get_submodule(name)))
+    return model
+
+
+def truth_of_packed():
+    model, packed = llama().double(), packed_llama(PackedLinear)
+    names = names_of(model, *PACKED)
+    for name in names:
+        model.get_submodule(name).weight.data = packed.get_submodule(name).dequantised()
+    return per_example_scores(model, lm_batches(), names)
+
+
+def assert_scores_of_packed_layers(layer_class, lora_class_name, register=None):
+    """All three ways to the scores.
+
+    Args:
+        layer_class: Subclass of `PackedLinear`.
+        lora_class_name: PEFT's class for it.
+        register: That class, if PEFT does not find it by itself.
+    """
+    truth = truth_of_packed()
+    original = per_example_scores(llama(), lm_batches(), list(truth))
+    assert worst_mean_difference(original, truth) > 1e-2
+
+    def config():
+        config = fim_lora_config(target_modules=PACKED)
+        if register is not None:
+            config._register_custom_module({layer_class: register})
+        return config
+
+    plain = get_fim_scores(packed_llama(layer_class), lm_batches(), config(), show_progress_bar=False)
+    by_loader = get_peft_model(packed_llama(layer_class), config())
+    by_loop = get_peft_model(packed_llama(layer_class), config())
+    assert {type(module).__name__ for module in by_loop.modules() if isinstance(module, LoraLayer)} == {
+        lora_class_name
+    }
+    run_own_loop(by_loop)
+    for scores in (
+        plain,
+        initialize_lora_fim_ranks(by_loader, lm_batches(), show_progress_bar=False).scores,
+        initialize_lora_fim_ranks(by_loop).scores,
+    ):
+        assert worst_error(scores, truth) < 1e-6  # Llama's norms and rotations compute in float32
+        assert scores["model.layers.0.mlp.down_proj"].shape == (24, 40)
+    assert torch.equal(logits(by_loop), logits(packed_llama(layer_class)))
+
+
+def worst_mean_difference(one, other):
+    return max(abs(one[name].mean().item() / values.mean().item() - 1) for name, values in other.items())
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("gptq", "GPTQLoraLinear"), ("awq", "AwqLoraLinear"), ("aqlm", "AqlmLoraLinear"), ("te", "TeLinear")],
+)
+def test_lora_layers_of_peft_that_need_no_library(module, name):
+    module = f"peft.tuners.lora.{module}"
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"this version of PEFT has no {name}")
+    assert_scores_of_packed_layers(PackedLinear, name, getattr(importlib.import_module(module), name))
+
+
+FP8_MODULE = "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules"
+# PEFT's LoRA layer, module and class of the layer that it adapts, and what that layer calls its packed weight.
+LIBRARIES = [
+    ("HqqLoraLinear", "hqq.core.quantize", "HQQLinear", "W_q"),
+    ("EetqLoraLinear", "eetq", "EetqLinear", "weight"),
+    ("IncLoraLinear", FP8_MODULE, "PatchedLinear", "weight"),
+]
+
+
+def test_lora_layers_of_peft_that_need_their_library(tmp_path):
+    """PEFT defines them if their library can be found, and uses of it only the class that stands in here."""
+    for _, module, layer, _ in LIBRARIES:
+        path = tmp_path.joinpath(*module.split("."))
+        path.mkdir(parents=True)
+        (path / "__init__.py").write_text(f"from torch import nn\nclass {layer}(nn.Module): pass\n")
+    code = """
+        import importlib
+        from test_quantised import LIBRARIES, PackedLinear, assert_scores_of_packed_layers
+        for lora_class_name, module, layer, packed_name in LIBRARIES:
+            bases = (PackedLinear, getattr(importlib.import_module(module), layer))
+            layer_class = type(layer, bases, {"packed_name": packed_name})
+            assert_scores_of_packed_layers(layer_class, lora_class_name)
+    """
+    paths = [str(tmp_path), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
