@@ -7,6 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 STAMPS := $(VENV)/.installed
 # Both ends of the range of PEFT that pyproject.toml states; the newest is in constraints.txt.
 OLDEST_PEFT := 0.18.0
+# The newest that it can import.
+OLDEST_TORCHAO := 0.15.0
+# Apart from the rest, because PEFT imports them wherever they are installed, and they have things to say then.
+QUANTISED := $(VENV)/quantised
 DEMO := demo-output
 
 .PHONY: demo test test-oldest-peft lint types clean
@@ -17,12 +21,17 @@ demo: $(STAMPS)/demo
 		-r 8 --target-modules all-linear --max-length 128 --output $(DEMO)/adapter --overwrite
 	$(BIN)/python examples/train_with_stock_peft.py $(DEMO)/adapter $(DEMO)/docstrings.jsonl
 
-test: $(STAMPS)/test
-	$(BIN)/python -m pytest
+test: $(STAMPS)/test $(QUANTISED)
+	$(BIN)/python -m pytest --ignore tests/test_quantised.py
+	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/test_quantised.py
 
-test-oldest-peft: $(STAMPS)/test $(VENV)/peft-$(OLDEST_PEFT)
+test-oldest-peft: $(STAMPS)/test $(QUANTISED) $(VENV)/peft-$(OLDEST_PEFT) $(VENV)/torchao-$(OLDEST_TORCHAO)
 	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/test_peft_integration.py \
-		tests/test_initialization.py tests/test_stock_peft.py tests/test_rank_allocation.py
+		tests/test_initialization.py tests/test_stock_peft.py tests/test_rank_allocation.py tests/test_layer_types.py \
+		tests/test_lora_initialisations.py tests/test_lora_variants.py tests/test_rank_zero.py \
+		tests/test_after_training.py
+	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT):$(VENV)/torchao-$(OLDEST_TORCHAO):$(QUANTISED) $(BIN)/python -m pytest \
+		tests/test_quantised.py
 
 lint: $(STAMPS)/test
 	$(BIN)/ruff check .
@@ -48,6 +57,13 @@ $(STAMPS)/demo: $(STAMPS)/venv pyproject.toml constraints.txt
 $(STAMPS)/test: $(STAMPS)/demo
 	$(PIP) --editable ".[cli,test]"
 	touch $@
+
+$(QUANTISED): $(STAMPS)/venv constraints.txt
+	$(PIP) --no-deps --upgrade --target $@ bitsandbytes torchao
+	touch $@
+
+$(VENV)/torchao-$(OLDEST_TORCHAO): $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ torchao==$(OLDEST_TORCHAO)
 
 $(VENV)/peft-$(OLDEST_PEFT): $(STAMPS)/venv
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ peft==$(OLDEST_PEFT)

@@ -20,7 +20,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fim_lora import FimConfig, FimScores, estimator, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import FimConfig, FimScores, get_fim_scores, initialize_lora_fim_ranks, layer_types
 from fim_lora.gradient_norms import squared_norms
 
 Batch = dict[str, Tensor]
@@ -302,7 +302,7 @@ def timed_squared_norms(device: torch.device) -> Iterator[list[float]]:
         seconds.append(perf_counter() - start)
         return norms
 
-    with patch.object(estimator, "squared_norms", timed):
+    with patch.object(layer_types, "squared_norms", timed):
         yield seconds
 
 

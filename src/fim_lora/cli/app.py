@@ -86,7 +86,9 @@ def _allocate(
     ],
     output: Annotated[Path, typer.Option(help="Folder for the result.", metavar="DIR")],
     r: Annotated[int, typer.Option("-r", help="Rank that uniform LoRA would use.", metavar="N", min=1)] = LoraConfig.r,
-    r_min: Annotated[int, typer.Option(help="Smallest rank of a layer.", metavar="N", min=1)] = FimConfig.r_min,
+    r_min: Annotated[
+        int, typer.Option(help="Smallest rank of a layer; 0 lets layers go without.", metavar="N", min=0)
+    ] = FimConfig.r_min,
     r_max: Annotated[
         int | None, typer.Option(help="Largest rank of a layer.", metavar="N", show_default="4 * r", min=1)
     ] = FimConfig.r_max,
