@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 import peft
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -271,10 +271,12 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
 
     Raises:
         TypeError: If a layer's class is not supported.
-        ValueError: If PEFT finds nothing to adapt, or the config is not a LoRA config.
+        ValueError: If PEFT finds nothing to adapt or ties adapters, or the config is not a LoRA config.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_config must be a LoraConfig, got {type(config).__name__}.")
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()  # whose names a regular expression must match whole
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     config.use_dora = False
@@ -290,6 +292,12 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
     finally:
         for parameter, needed in requires_grad:
             parameter.requires_grad_(needed)
+    tied = getattr(config, "target_modules_to_tie", None)
+    if tied:
+        raise ValueError(
+            f"With ensure_weight_tying=True PEFT makes one adapter of {sorted(tied)} and the input embedding, for "
+            "which there can be no two ranks: set it to False, or target one of them."
+        )
     originals = {id(clone): original for original, clone in clones.values()}
     targets = {name: target_layer(name, layer) for name, layer in adapter_layers(skeleton, "default").items()}
     return {name: dataclasses.replace(target, module=originals[id(target.module)]) for name, target in targets.items()}
@@ -424,7 +432,8 @@ def apply_allocation(
         for state in states:
             state.keep_parameters()
     for layer in dropped.values():
-        _drop(model, layer, adapter_name)
+        _drop(model, layer, adapter_name, new_config.bias)
+    _forget_targets(model, (name for name, layer in dropped.items() if not set(layer.r) - {adapter_name}))
     # In place, because the model and its tuner share the object.
     config = cast(Any, model).peft_config[adapter_name]
     config.__dict__.update(new_config.__dict__)
@@ -535,14 +544,15 @@ def _require_droppable(
         )
 
 
-def _drop(model: nn.Module, layer: Any, adapter_name: str) -> None:
+def _drop(model: nn.Module, layer: Any, adapter_name: str, bias: str) -> None:
     """Take an adapter off a layer, and the LoRA layer away if it was the last."""
     for state in _states(layer, adapter_name, True):
-        for parameter in state.layer.parameters():
-            parameter.grad = None
+        for name, parameter in state.layer.named_parameters():
+            if "lora_" in name:
+                parameter.grad = None
     if set(layer.r) - {adapter_name}:
         for state in _states(layer, adapter_name, True):
-            state.layer.delete_adapter(adapter_name)
+            _delete_adapter(state.layer, adapter_name)
         return
     parent, attribute = next(
         (module, child_name)
@@ -556,7 +566,30 @@ def _drop(model: nn.Module, layer: Any, adapter_name: str) -> None:
         base = layer.base_layer  # a further wrapper, if several parameters are adapted
     else:
         base = layer.get_base_layer()
+    if bias == "lora_only":
+        base.requires_grad_(False)
     setattr(parent, attribute, base)
+
+
+def _delete_adapter(layer: Any, adapter_name: str) -> None:
+    """Delete an adapter of a layer without another one taking its place, as PEFT would have it."""
+    active = list(layer.active_adapters)
+    needed = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that another one takes its place
+        layer.delete_adapter(adapter_name)
+    layer.set_adapter(active)
+    for parameter, requires_grad in needed:
+        parameter.requires_grad_(requires_grad)
+
+
+def _forget_targets(model: nn.Module, dropped: Iterable[str]) -> None:
+    """PEFT's own list of what it adapted."""
+    names = set(dropped)
+    for module in model.modules():
+        for attribute in ("targeted_module_names", "targeted_parameter_names"):
+            if isinstance(module, LoraModel) and attribute in module.__dict__:
+                module.__dict__[attribute] = [name for name in module.__dict__[attribute] if name not in names]
 
 
 def _container(layer: LoraLayer, name: str) -> Any:

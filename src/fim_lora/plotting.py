@@ -12,6 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
 from .layer_grid import LayerGrid, layer_grids
@@ -100,8 +101,12 @@ def _draw_panel(axes: Axes, grid: LayerGrid, allocation: RankAllocation, norm: N
             if name is not None:
                 ranks[row, column] = allocation.ranks[name]
     axes.patch.set(facecolor="0.96", edgecolor="0.8", hatch="//////")
-    mesh = axes.pcolormesh(np.ma.masked_invalid(ranks), norm=norm, cmap=_COLOUR_MAP, edgecolors="white", linewidth=0.6)
-    colours = mesh.to_rgba(ranks)
+    # A rank of 0 has no place on a scale of factors: such cells stay white.
+    drawn = np.ma.masked_where(~(ranks > 0), ranks)
+    mesh = axes.pcolormesh(drawn, norm=norm, cmap=_COLOUR_MAP, edgecolors="white", linewidth=0.6)
+    colours = mesh.to_rgba(np.maximum(ranks, 1))
+    for row, column in np.argwhere(ranks == 0):
+        axes.add_patch(Rectangle((column, row), 1, 1, facecolor="white", edgecolor="0.8", linewidth=0.6))
     for row, column in np.argwhere(np.isfinite(ranks)):
         axes.text(
             column + 0.5,
@@ -110,7 +115,7 @@ def _draw_panel(axes: Axes, grid: LayerGrid, allocation: RankAllocation, norm: N
             ha="center",
             va="center_baseline",
             fontsize=_FONT_SIZE,
-            color=_text_colour(colours[row, column, :3]),
+            color="black" if ranks[row, column] == 0 else _text_colour(colours[row, column, :3]),
         )
     axes.invert_yaxis()
     axes.xaxis.tick_top()

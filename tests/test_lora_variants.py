@@ -1,0 +1,254 @@
+"""Variants of LoRA and whole architectures: scores, ranks, output, and the way through stock PEFT."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
+from test_initialization import fim_lora_config, fim_model, logits, randomise, run_own_loop
+from test_layer_types import TARGETS, Attention, Mixture, attention_batches, batches_of, floats
+from tiny_models import VOCABULARY, gpt2, llama, lm_batches, number_of_terms, sum_of_losses, token_batch
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+
+
+def mixtral():
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **COMMON))
+
+
+def qwen_moe():
+    torch.manual_seed(0)
+    options = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**COMMON, **options))
+
+
+def truth_of(model, batches, weights):
+    """`mean(G_t ∘ G_t)` of given weights, averaged over examples, in float64."""
+    values = {name: [] for name in weights}
+    for batch in batches:
+        size, terms = len(batch["input_ids"]), number_of_terms(model, batch)
+        for row in range(size):
+            share = sum_of_losses(model, batch, slice(row, row + 1)) * size / terms
+            gradients = torch.autograd.grad(share, list(weights.values()))
+            for name, gradient in zip(weights, gradients, strict=True):
+                values[name].append(gradient.square().mean().item())
+    return {name: sum(value) / len(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen_moe])
+def test_experts_of_transformers_and_the_way_through_stock_peft(tmp_path, make):
+    config = fim_lora_config(r=4, target_modules=("q_proj",), target_parameters=EXPERTS, task_type="CAUSAL_LM")
+    model = get_peft_model(make(), config)
+    run_own_loop(model)
+    allocation = initialize_lora_fim_ranks(model)
+    double = make()
+    double.config._experts_implementation = "eager"  # the other kernels have no float64
+    double = double.double().eval()
+    weights = {
+        name: double.get_parameter(name if "experts" in name else f"{name}.weight") for name in allocation.ranks
+    }
+    for name, value in truth_of(double, lm_batches(), weights).items():
+        assert allocation.scores[name].mean == pytest.approx(value, rel=1e-4), name
+        assert allocation.scores[name].num_examples == 12
+    assert len(set(allocation.ranks.values())) > 1
+    torch.testing.assert_close(logits(model), logits(make()))
+    randomise(model)
+    torch.save(logits(model), tmp_path / "logits.pt")
+    model.save_pretrained(tmp_path)
+    code = f"""
+        import sys, torch
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+        from peft import PeftModel
+        from tiny_models import token_batch
+        torch.manual_seed(0)
+        base = {type(make()).__name__}({type(make().config).__name__}(**{make().config.to_diff_dict()!r}))
+        model = PeftModel.from_pretrained(base, {str(tmp_path)!r}).eval()
+        with torch.no_grad():
+            logits = model(**token_batch()).logits
+        torch.testing.assert_close(logits, torch.load({str(tmp_path / "logits.pt")!r}), rtol=1e-4, atol=1e-4)
+        assert not any(name.startswith("fim_lora") for name in sys.modules)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=os.environ, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("targets", [("model.embed_tokens",), ("lm_head",), ("model.embed_tokens", "lm_head")])
+def test_a_tied_weight_has_the_efim_of_the_use_that_is_adapted(targets):
+    base = llama(tie_word_embeddings=True)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    scores = get_fim_scores(base, lm_batches(), fim_lora_config(target_modules=targets), show_progress_bar=False)
+    untied = llama(tie_word_embeddings=True).double().eval()
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    truth = truth_of(untied, lm_batches(), {name: untied.get_submodule(name).weight for name in targets})
+    assert {name: score.mean for name, score in scores.items()} == pytest.approx(truth, rel=1e-5)
+
+
+def test_adapters_that_peft_ties_are_refused_before_anything_is_changed():
+    if "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this PEFT ties no adapters")
+    base = llama(tie_word_embeddings=True)
+    config = fim_lora_config(target_modules=("embed_tokens", "lm_head"), ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="ensure_weight_tying=True PEFT makes one adapter"):
+        get_peft_model(base, config)
+    assert not any("lora_" in name for name, _ in base.named_parameters())
+
+
+def test_trainable_tokens_beside_lora():
+    model = fim_model(trainable_token_indices=[3, 5])
+    expected = get_fim_scores(llama(), lm_batches(), fim_lora_config(), show_progress_bar=False)
+    allocation = initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+    assert allocation.scores == expected
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("trainable_tokens" in name for name in trained)
+    assert torch.equal(logits(model), logits(llama()))
+
+
+def test_lora_bias():
+    model = fim_model(gpt2(), target_modules=("c_attn", "c_fc"), lora_bias=True, score_exponent=0.5)
+    allocation = initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+    for name, rank in allocation.ranks.items():
+        factor = model.get_submodule(f"base_model.model.{name}").lora_B["default"]
+        assert factor.weight.shape[1] == rank
+        assert factor.bias is not None
+        assert factor.bias.requires_grad
+        assert not factor.bias.any()
+    assert torch.equal(logits(model), logits(gpt2()))
+
+
+class Layers(nn.Module):
+    """One of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.convolution = nn.Embedding(11, 6), nn.Conv1d(6, 6, 3, padding=1)
+        self.attention, self.linear = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, ids):
+        x = self.convolution(self.embedding(ids).mT).mT
+        x, _ = self.attention(x, x, x, need_weights=False)
+        return self.linear(x).square().mean()
+
+
+KINDS = ["embedding", "convolution", "attention", "linear"]
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "low_cpu_mem_usage", "inject_adapter_in_model"])
+def test_every_kind_of_layer_in_every_way_to_make_an_adapter(way):
+    config = LoraConfig(
+        r=2, target_modules=KINDS, init_lora_weights="fim", fim_config=FimConfig(2, score_exponent=0.5)
+    )
+    batches = [torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    plain = get_fim_scores(Layers(), batches, config, show_progress_bar=False)
+    if way == "inject_adapter_in_model":
+        model = inject_adapter_in_model(config, Layers())
+    else:
+        model = get_peft_model(Layers(), config, low_cpu_mem_usage=way == "low_cpu_mem_usage")
+    on_meta = any(parameter.device.type == "meta" for parameter in model.parameters())
+    assert on_meta == (way == "low_cpu_mem_usage")
+    allocation = initialize_lora_fim_ranks(model, batches, show_progress_bar=False)
+    assert set(allocation.ranks) == set(KINDS)
+    assert allocation.scores == plain
+    assert sum(allocation.ranks.values()) == 8
+    assert not any(parameter.device.type == "meta" for parameter in model.parameters())
+    torch.testing.assert_close(model(batches[0]), Layers()(batches[0]))
+    model(batches[0]).backward()
+    gradients = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    # By B; of the embedding by what PEFT calls A, and of attention both projections.
+    assert len(gradients) >= 4
+
+
+def convnext():
+    torch.manual_seed(0)
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[4, 8], depths=[1, 1], patch_size=4, num_labels=3)
+    return ConvNextForImageClassification(config)
+
+
+def test_depthwise_convolutions_of_a_vision_model():
+    """Ranks in steps of the groups: 4 and 8 channels."""
+    config = fim_lora_config(
+        r=8, batches=2, target_modules=("dwconv", "depthwise_conv", "pwconv1", "pointwise_conv1", "patch_embeddings")
+    )
+    images = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batches = [{"pixel_values": x, "labels": torch.tensor([0, 1, 2])} for x in images]
+    model = get_peft_model(convnext(), config)
+    allocation = initialize_lora_fim_ranks(model, batches, show_progress_bar=False)
+    grouped = {
+        name: convnext().get_submodule(name).groups
+        for name in allocation.ranks
+        if getattr(convnext().get_submodule(name), "groups", 1) > 1
+    }
+    assert sorted(set(grouped.values())) == [4, 8]
+    assert all(allocation.ranks[name] % groups == 0 for name, groups in grouped.items())
+    assert allocation.budget_used <= allocation.budget
+    double = convnext().double().eval()
+    weights = {name: double.get_submodule(name).weight for name in allocation.ranks}
+    sums = dict.fromkeys(weights, 0.0)
+    for batch in batches:
+        for x, label in zip(batch["pixel_values"], batch["labels"], strict=True):
+            loss = double(pixel_values=x[None].double(), labels=label[None]).loss
+            for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+                sums[name] += gradient.square().mean().item() / 6
+    for name, value in sums.items():
+        assert allocation.scores[name].mean == pytest.approx(value, rel=1e-3), name
+
+
+def test_parameters_and_attention_on_the_meta_device():
+    config = LoraConfig(
+        r=2, target_modules=["first"], target_parameters=TARGETS, init_lora_weights="fim", fim_config=FimConfig(2)
+    )
+    model = get_peft_model(Mixture(), config, low_cpu_mem_usage=True)
+    batches = batches_of(floats(7, 6))
+    initialize_lora_fim_ranks(model, batches, show_progress_bar=False)
+    torch.testing.assert_close(model(**batches[0])["loss"], Mixture()(**batches[0])["loss"])
+    config = fim_lora_config(r=4, target_modules=("attention",), batches=2)
+    model = get_peft_model(Attention(), config, low_cpu_mem_usage=True)
+    initialize_lora_fim_ranks(model, attention_batches(), show_progress_bar=False)
+    batch = attention_batches()[0]
+    torch.testing.assert_close(model(**batch)["loss"], Attention()(**batch)["loss"])
+
+
+def test_a_trained_adapter_beside_it_stays():
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]), "other")
+    randomise(model)
+    expected = logits(model)
+    model.add_adapter("fim", fim_lora_config(target_modules=("embed_tokens", "v_proj")))
+    allocation = initialize_lora_fim_ranks(model, lm_batches(), adapter_name="fim", show_progress_bar=False)
+    plain = get_fim_scores(
+        llama(), lm_batches(), fim_lora_config(target_modules=("embed_tokens", "v_proj")), show_progress_bar=False
+    )
+    assert allocation.scores == plain
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("fim")
+    assert torch.equal(logits(model), logits(llama()))
+    model(**token_batch()).loss.backward()
