@@ -1,92 +1,368 @@
-"""What people do with an adapter of unequal ranks: merge it, combine it, swap it."""
+"""What people do with a trained adapter of unequal ranks: merge, combine, swap and switch it, by PEFT's own functions."""
 
-import copy
+import math
 
 import pytest
 import torch
-from peft import PeftModel
-from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
+from peft.utils.save_and_load import load_peft_weights
+from torch import nn
 
 from fim_lora import initialize_lora_fim_ranks
-from test_initialization import fim_lora_config, fim_model, logits, randomise
-from tiny_models import llama
+from test_initialization import fim_lora_config, fim_model, logits, lora_layers, randomise
+from test_stock_peft import stock
+from tiny_models import llama, lm_batches, token_batch
 
-TARGETS = ("q_proj", "v_proj", "down_proj")
-
-
-def scores(model, shift=0):
-    names = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
-    return {name: 1.0 + (index + shift) % 3 for index, name in enumerate(names)}
+# Each has a side of 24, so that an SVD of rank 24 loses nothing.
+TARGETS = ("q_proj", "o_proj", "down_proj")
+RISING, FALLING = (1, 2, 3, 4, 5, 6), (6, 5, 4, 3, 2, 1)
 
 
-def trained(adapter_names=("default",), **options):
-    model = fim_model(score_exponent=1.0, target_modules=TARGETS, **options)
-    initialize_lora_fim_ranks(model, fim_scores=scores(model))
-    for shift, name in enumerate(adapter_names[1:], start=1):
-        model.add_adapter(name, fim_lora_config(target_modules=TARGETS, **options))
-        initialize_lora_fim_ranks(model, fim_scores=scores(model, shift), adapter_name=name)
+def trained(base=None, **options):
+    model = fim_model(base, score_exponent=0.5, **options)
+    allocation = initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+    assert len(set(allocation.ranks.values())) > 1
     randomise(model)
-    return model
+    return model, allocation
 
 
-def deltas(model, adapter="default"):
-    """`scaling_i · B_i A_i` from the tensors, without PEFT's own function for it."""
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+def two_adapters(scores=(RISING, FALLING), **options):
+    """Two trained adapters on one model, with ranks from given scores."""
+    base_rank = options.pop("r", 4)
+    config = fim_lora_config(r=base_rank, target_modules=TARGETS, score_exponent=0.5, **options)
+    torch.manual_seed(1)
+    model = get_peft_model(llama(), config, "one")
+    model.add_adapter("two", fim_lora_config(r=base_rank, target_modules=TARGETS, score_exponent=0.5, **options))
+    allocations = []
+    for name, values in zip(("one", "two"), scores, strict=True):
+        given = dict(zip(lora_layers(model, name), map(float, values), strict=True))
+        allocations.append(initialize_lora_fim_ranks(model, fim_scores=given, adapter_name=name))
+    randomise(model)
+    return model, *allocations
+
+
+def delta_by_hand(layer, alpha, rank, adapter="default", use_rslora=False):
+    """`scaling · B A` of a linear layer; alpha and rank are those of the allocation, not those of the layer."""
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    assert (a.shape[0], b.shape[1]) == (rank, rank)
+    return alpha / (math.sqrt(rank) if use_rslora else rank) * (b @ a)
+
+
+# --- Merging ---
+
+
+@pytest.mark.parametrize("adjust", [True, False])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_merged_weights_are_those_computed_by_hand(use_rslora, adjust):
+    model, allocation = trained(use_rslora=use_rslora, lora_alpha=5, adjust_scaling_factors=adjust)
+    expected, base = logits(model), llama()
+    with torch.no_grad():
+        weights = {
+            name: base.get_submodule(name).weight
+            + delta_by_hand(layer, allocation.alphas[name], allocation.ranks[name], use_rslora=use_rslora)
+            for name, layer in lora_layers(model).items()
+        }
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    for name, parameter in base.named_parameters():
+        weight = weights.get(name.removesuffix(".weight"), parameter)
+        torch.testing.assert_close(merged.get_parameter(name), weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_merged_dora_has_the_trained_magnitudes():
+    model, allocation = trained(use_dora=True, lora_alpha=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.abs_().add_(1)  # norms are positive
+    expected, base, weights = logits(model), llama(), {}
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            updated = base.get_submodule(name).weight + delta_by_hand(
+                layer, allocation.alphas[name], allocation.ranks[name]
+            )
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            weights[name] = magnitude[:, None] * updated / updated.norm(dim=1, keepdim=True)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(merged.get_submodule(name).weight, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_embedding():
+    base = llama(tie_word_embeddings=False)
+    model, allocation = trained(base, target_modules=("embed_tokens", "q_proj"), lora_alpha=5)
+    name, before = "model.embed_tokens", llama(tie_word_embeddings=False)
+    layer, rank = lora_layers(model)[name], allocation.ranks[name]
+    a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    assert rank == len(a) != 8
+    with torch.no_grad():
+        weight = before.model.embed_tokens.weight + allocation.alphas[name] / rank * (b @ a).T
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged.model.embed_tokens.weight, weight, rtol=1e-5, atol=1e-6)
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.narrow = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.narrow(torch.tanh(self.wide(x)))
+
+
+def test_merged_convolutions():
+    base = Convolutions()
+    model = get_peft_model(base, fim_lora_config(r=4, target_modules=("wide", "narrow"), lora_alpha=5)).eval()
+    allocation = initialize_lora_fim_ranks(model, fim_scores={"wide": 3.0, "narrow": 1.0})
+    assert allocation.ranks == {"wide": 6, "narrow": 2}
+    randomise(model)
+    x = torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        expected, weights = model(x), {}
+        for name, layer in lora_layers(model).items():
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            # B is a convolution of 1 × 1 after A.
+            delta = torch.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
+            weights[name] = (
+                Convolutions().get_submodule(name).weight + allocation.alphas[name] / allocation.ranks[name] * delta
+            )
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(merged.get_submodule(name).weight, weight, rtol=1e-5, atol=1e-6)
+
+
+# --- Combining ---
+
+
+def weighted_sum_by_hand(model, one, two, weights):
     return {
-        name: layer.scaling[adapter] * layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
-        for name, layer in layers.items()
+        name: sum(
+            weight * delta_by_hand(layer, allocation.alphas[name], allocation.ranks[name], adapter)
+            for adapter, allocation, weight in (("one", one, weights[0]), ("two", two, weights[1]))
+        )
+        for name, layer in lora_layers(model, "one").items()
     }
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
-def test_merging_gives_the_same_model(options):
-    model = trained(**options)
-    expected, delta = logits(model), deltas(model)
-    merged = copy.deepcopy(model).merge_and_unload()
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
-    assert not any(hasattr(module, "lora_A") for module in merged.modules())
-    if "use_dora" not in options:
-        for name, change in delta.items():
-            base = llama().get_submodule(name.removeprefix("base_model.model.")).weight
-            weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
-            torch.testing.assert_close(weight, base + change, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("adjust", [True, False])
+@pytest.mark.parametrize(("combination_type", "svd_rank"), [("cat", None), ("svd", 24), ("svd", 12)])
+def test_weighted_sums_of_unequal_ranks(tmp_path, combination_type, svd_rank, adjust):
+    model, one, two = two_adapters(lora_alpha=5, adjust_scaling_factors=adjust)
+    assert one.ranks != two.ranks
+    # No update has a rank above the sum of both, so 12 is large enough for an SVD.
+    assert max(one.ranks[name] + two.ranks[name] for name in one.ranks) <= 12
+    weights = (0.7, -0.4)
+    model.add_weighted_adapter(["one", "two"], weights, "sum", combination_type, svd_rank=svd_rank)
+    truth = weighted_sum_by_hand(model, one, two, weights)
+    for name, layer in lora_layers(model, "sum").items():
+        torch.testing.assert_close(layer.get_delta_weight("sum"), truth[name], rtol=1e-4, atol=1e-4)
+
+    model.set_adapter("sum")
+    base = llama()
+    with torch.no_grad():
+        for name, delta in truth.items():
+            base.get_submodule(name).weight.add_(delta)
+    torch.testing.assert_close(logits(model), logits(base), rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "sum")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("combination", "options"), [("cat", {}), ("svd", {"svd_rank": 24})])
-def test_adapters_of_unequal_ranks_can_be_combined(combination, options):
-    model = trained(("default", "other"))
-    first, second = deltas(model), deltas(model, "other")
-    model.add_weighted_adapter(["default", "other"], [0.7, 0.5], "both", combination_type=combination, **options)
-    for name, delta in deltas(model, "both").items():
-        torch.testing.assert_close(delta, 0.7 * first[name] + 0.5 * second[name], rtol=1e-3, atol=1e-4)
+def test_a_weighted_sum_with_an_adapter_that_lost_layers():
+    """Where one adapter has rank 0, the sum is the other's update."""
+    scores = ((0, *RISING[1:]), FALLING)
+    model, one, two = two_adapters(scores, lora_alpha=5, r_min=0)
+    (lost,) = one.dropped_layers
+    model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "sum", "cat")
+    layers = lora_layers(model, "sum")
+    assert layers.keys() == two.ranks.keys()
+    truth = 0.3 * delta_by_hand(layers[lost], two.alphas[lost], two.ranks[lost], "two")
+    torch.testing.assert_close(layers[lost].get_delta_weight("sum"), truth, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("combination", ["linear", "ties", "dare_linear", "magnitude_prune"])
-def test_combinations_that_need_equal_ranks_are_refused_by_peft(combination):
-    model = trained(("default", "other"))
-    with pytest.raises((ValueError, RuntimeError)):
-        model.add_weighted_adapter(["default", "other"], [0.7, 0.5], "both", combination_type=combination, density=0.5)
+FACTOR_BY_FACTOR = ["linear", "ties", "dare_linear", "magnitude_prune"]
 
 
-def saved_pair(tmp_path, **options):
-    for folder, shift in (("one", 0), ("two", 1)):
-        model = fim_model(score_exponent=1.0, target_modules=TARGETS, **options)
-        initialize_lora_fim_ranks(model, fim_scores=scores(model, shift))
-        randomise(model)
-        model.save_pretrained(tmp_path / folder)
-    load = PeftModel.from_pretrained
-    return load(llama(), tmp_path / "one").eval(), load(llama(), tmp_path / "two").eval()
+@pytest.mark.parametrize("combination_type", FACTOR_BY_FACTOR)
+def test_combinations_that_need_equal_ranks_are_refused_by_the_largest_rank(combination_type):
+    """PEFT compares the largest rank of each adapter, and refuses before it changes anything."""
+    model, one, two = two_adapters((RISING, (60, 1, 1, 1, 1, 1)))
+    assert max(one.ranks.values()) != max(two.ranks.values())
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match="All adapters must have the same r value"):
+        model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "sum", combination_type, density=0.5)
+    assert "sum" not in model.peft_config
+    assert set(model.state_dict()) == before
 
 
-def test_hot_swapping_with_the_common_scaling(tmp_path):
-    """PEFT looks no pattern up there, so the one global scaling has to be right for every layer, and is."""
-    model, second = saved_pair(tmp_path)
-    with pytest.raises(ValueError, match="alpha_pattern"):
-        hotswap_adapter(model, tmp_path / "two", "default")
-    tensors = load_file(tmp_path / "two" / "adapter_model.safetensors")
-    tensors = {name.replace(".weight", ".default.weight"): value for name, value in tensors.items()}
-    config = copy.copy(second.peft_config["default"])
-    config.rank_pattern = config.alpha_pattern = {}
-    hotswap_adapter_from_state_dict(model, tensors, "default", config)
-    torch.testing.assert_close(logits(model), logits(second), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("combination_type", FACTOR_BY_FACTOR)
+def test_combinations_that_need_equal_ranks_fail_late_where_only_the_largest_agree(combination_type):
+    """PEFT does not compare layer by layer; what it leaves behind can be deleted, and harms nobody."""
+    model, one, two = two_adapters()
+    assert max(one.ranks.values()) == max(two.ranks.values())
+    assert one.ranks != two.ranks
+    model.set_adapter("two")
+    before = logits(model)
+    with pytest.raises(RuntimeError, match="stack expects each tensor to be equal size"):
+        model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "sum", combination_type, density=0.5)
+    assert torch.equal(logits(model), before)
+    if "sum" in model.peft_config:
+        model.delete_adapter("sum")
+        model.set_adapter("two")
+    assert torch.equal(logits(model), before)
+    model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "sum", "cat")
+    truth = weighted_sum_by_hand(model, one, two, (0.7, 0.3))
+    for name, layer in lora_layers(model, "sum").items():
+        torch.testing.assert_close(layer.get_delta_weight("sum"), truth[name], rtol=1e-4, atol=1e-4)
+
+
+def test_linear_combination_of_adapters_with_the_same_allocation():
+    """PEFT adds A to A and B to B, each with the square root of its weight and scaling."""
+    model, one, two = two_adapters((RISING, RISING), lora_alpha=5)
+    assert one.ranks == two.ranks
+    assert len(set(one.ranks.values())) > 1
+    model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "sum", "linear")
+    for name, layer in lora_layers(model, "sum").items():
+        scaling = one.alphas[name] / one.ranks[name]
+        a, b = (
+            math.sqrt(0.7 * scaling) * factor["one"].weight + math.sqrt(0.3 * scaling) * factor["two"].weight
+            for factor in (layer.lora_A, layer.lora_B)
+        )
+        torch.testing.assert_close(layer.get_delta_weight("sum"), b @ a, rtol=1e-5, atol=1e-6)
+
+
+# --- Hot-swapping ---
+
+
+def swappable(folder, **options):
+    model, one, two = two_adapters(lora_alpha=5, **options)
+    model.save_pretrained(folder)
+    fresh = PeftModel.from_pretrained(llama(), folder / "two")
+    swapped = PeftModel.from_pretrained(llama(), folder / "one")
+    assert (logits(swapped) - logits(fresh)).abs().max() > 0.1
+    return swapped, logits(fresh), one, two
+
+
+def swap(model, folder, config):
+    """What `hotswap_adapter` does after it has compared the configs."""
+    weights = load_peft_weights(str(folder), device="cpu")
+    weights = {name.replace(".weight", ".default.weight"): value for name, value in weights.items()}
+    hotswap_adapter_from_state_dict(model, weights, "default", config)
+
+
+def prepare(model, one, two):
+    target_rank = max(*one.ranks.values(), *two.ranks.values())
+    prepare_model_for_compiled_hotswap(model, target_rank=target_rank)
+    for layer in lora_layers(model).values():
+        assert len(layer.lora_A["default"].weight) == target_rank
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("serving", [False, True])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_hot_swapping_adapters_of_one_scaling(tmp_path, prepared, serving, use_rslora):
+    """PEFT scales every layer by the global numbers, which are right for adapters with adjusted scaling."""
+    model, expected, one, two = swappable(tmp_path, use_rslora=use_rslora)
+    if prepared:
+        before = logits(model)
+        prepare(model, one, two)
+        torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    config = PeftModel.from_pretrained(llama(), tmp_path / "two").peft_config["default"]
+    swap(model, tmp_path / "two", two.to_lora_config(config, serving=True) if serving else config)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hot_swapping_by_name_asks_for_equal_alpha_patterns(tmp_path):
+    """Adapters of different ranks and one scaling have different patterns of alpha; PEFT refuses them unchanged."""
+    model, _, one, two = swappable(tmp_path)
+    assert one.alpha_pattern != two.alpha_pattern
+    before = logits(model)
+    with pytest.raises(ValueError, match="Configs are incompatible: for alpha_pattern"):
+        hotswap_adapter(model, str(tmp_path / "two"), "default", torch_device="cpu")
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_hot_swapping_by_name_an_adapter_of_the_same_allocation(tmp_path, prepared):
+    scores = (RISING, RISING)
+    model, expected, one, two = swappable(tmp_path, scores=scores)
+    assert one.alpha_pattern == two.alpha_pattern != {}
+    if prepared:
+        prepare(model, one, two)
+    hotswap_adapter(model, str(tmp_path / "two"), "default", torch_device="cpu")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_hot_swapping_adapters_of_unequal_scalings_needs_the_scalings_set(tmp_path, prepared):
+    """PEFT does not match the patterns against the layers here, so the scalings of the ranks are set by hand."""
+    model, expected, one, two = swappable(tmp_path, adjust_scaling_factors=False)
+    if prepared:
+        prepare(model, one, two)
+    hotswap_adapter(model, str(tmp_path / "two"), "default", torch_device="cpu")
+    for name, layer in lora_layers(model).items():
+        scaling = two.alphas[name] / two.ranks[name]
+        if prepared:
+            layer.scaling["default"].fill_(scaling)
+        else:
+            layer.scaling["default"] = scaling
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- Switching ---
+
+
+def test_switching_between_two_adapters_equals_each_alone_in_stock_peft(tmp_path):
+    model, one, two = two_adapters(lora_alpha=5, task_type="CAUSAL_LM")
+    assert one.ranks != two.ranks
+    model.save_pretrained(tmp_path)
+    stock(f"""
+        for name in ("one", "two"):
+            model = PeftModel.from_pretrained(llama(), {str(tmp_path)!r} + "/" + name).eval()
+            with torch.no_grad():
+                torch.save(model(**token_batch()).logits, {str(tmp_path)!r} + "/" + name + ".pt")
+    """)
+    alone = {name: torch.load(tmp_path / f"{name}.pt") for name in ("one", "two")}
+    assert (alone["one"] - alone["two"]).abs().max() > 0.1
+    for name in ("one", "two", "one"):
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model), alone[name], rtol=1e-5, atol=1e-5)
+        trained = {key.split(".")[-2] for key, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name}
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama()))
+    model.delete_adapter("one")
+    model.set_adapter("two")
+    torch.testing.assert_close(logits(model), alone["two"], rtol=1e-5, atol=1e-5)
+    assert {name: layer.r for name, layer in lora_layers(model, "two").items()} == {
+        name: {"two": rank} for name, rank in two.ranks.items()
+    }
+
+
+def test_an_adapter_allocated_beside_a_trained_one():
+    """The allocation of the second reads and changes nothing of the first, whichever is active."""
+    model, _ = trained()
+    expected = logits(model)
+    model.add_adapter("two", fim_lora_config(score_exponent=0.5))
+    for active in ("default", "two"):
+        model.set_adapter(active)
+        if active == "two":
+            model.train()
+            for batch in lm_batches():
+                model(**batch).loss.backward()
+    allocation = initialize_lora_fim_ranks(model, adapter_name="two")
+    reference = initialize_lora_fim_ranks(fim_model(score_exponent=0.5), lm_batches(), show_progress_bar=False)
+    assert allocation.ranks == reference.ranks
+    assert torch.equal(logits(model), logits(llama()))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+    model.delete_adapter("default")
+    model.set_adapter("two")
+    assert torch.equal(logits(model), logits(llama()))
+    assert model(**token_batch()).logits.requires_grad

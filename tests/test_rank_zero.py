@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from fim_lora import RankAllocation, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.plotting import draw_rank_map
@@ -25,7 +25,7 @@ def adapted(model, adapter="default"):
 def half(model, adapter="default"):
     """Scores of which every second is zero, and the names of those."""
     names = sorted(adapted(model, adapter))
-    return {name: float(index % 2) for index, name in enumerate(names)}, set(names[::2])
+    return {name: float(index % 2 == 0) for index, name in enumerate(names)}, set(names[1::2])
 
 
 TARGET_FORMS = {
@@ -103,8 +103,6 @@ def test_parameters_of_rank_zero(tmp_path, dropped):
     x, target = torch.randn(2, 7, 6), torch.rand(2)
     expected = model(x, target)["loss"]
     model.save_pretrained(tmp_path)
-    from peft import PeftModel
-
     loaded = PeftModel.from_pretrained(Mixture(), tmp_path)
     torch.testing.assert_close(loaded(x, target)["loss"], expected)
     assert sum("lora_" in name for name in loaded.state_dict()) == 2
@@ -117,7 +115,7 @@ def test_a_parameter_that_another_adapter_needs_stays_as_it_was():
     model.add_adapter("second", config)
     before = list(model.state_dict())
     with pytest.raises(ValueError, match="adapts it too"):
-        initialize_lora_fim_ranks(model, fim_scores=dict(zip(TARGETS, (0.0, 1.0))), adapter_name="second")
+        initialize_lora_fim_ranks(model, fim_scores={TARGETS[0]: 0.0, TARGETS[1]: 1.0}, adapter_name="second")
     assert list(model.state_dict()) == before
     assert model.peft_config["second"].init_lora_weights == "fim"
 

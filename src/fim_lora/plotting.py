@@ -138,8 +138,14 @@ def _draw_colour_bar(axes: Axes, norm: Normalize, allocation: RankAllocation, ma
     bar.set_label("rank", fontsize=_FONT_SIZE + 1)
 
 
+def _range(allocation: RankAllocation) -> tuple[int, int]:
+    """Smallest and largest rank of the layers that have an adapter."""
+    ranks = [rank for rank in allocation.ranks.values() if rank > 0] or [1]
+    return min(ranks), max(ranks)
+
+
 def _norm(allocation: RankAllocation) -> Normalize:
-    smallest, largest = min(allocation.ranks.values()), max(allocation.ranks.values())
+    smallest, largest = _range(allocation)
     if smallest == largest:
         return Normalize(smallest - 0.5, largest + 0.5)
     if largest >= _LOGARITHMIC_FROM * smallest:
@@ -149,7 +155,7 @@ def _norm(allocation: RankAllocation) -> Normalize:
 
 def _ticks(norm: Normalize, allocation: RankAllocation, max_ticks: int) -> list[int]:
     """Whole numbers from the smallest to the largest rank, evenly spread over the colours."""
-    smallest, largest = min(allocation.ranks.values()), max(allocation.ranks.values())
+    smallest, largest = _range(allocation)
     fractions = np.linspace(0, 1, max_ticks)
     spread = norm.inverse(fractions) if smallest < largest else fractions * 0 + smallest
     return sorted({round(float(tick)) for tick in spread})
