@@ -33,7 +33,7 @@ TARGET_FORMS = {
     "expression": {"target_modules": r".*\.(q|v)_proj"},
     "all-linear": {"target_modules": "all-linear"},
     "layers_to_transform": {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1, 2]},
-    "exclude_modules": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "exclude_modules": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.v_proj"]},
 }
 
 
