@@ -1,4 +1,4 @@
-"""What people do with a trained adapter of unequal ranks: merge, combine, swap and switch it, by PEFT's own functions."""
+"""What people do with a trained adapter of unequal ranks: merge, combine, swap and switch it, by PEFT's functions."""
 
 import math
 
