@@ -596,3 +596,16 @@ def test_batches_of_tokenizers():
     batches = [BatchEncoding(batch) for batch in lm_batches()]
     by_encoding = initialize_lora_fim_ranks(fim_model(), batches, show_progress_bar=False)
     assert by_encoding.ranks == initialize_lora_fim_ranks(fim_model(), lm_batches(), show_progress_bar=False).ranks
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtypes_after_the_meta_device_are_those_of_stock_peft(dtype, use_dora):
+    targets = ("q_proj", "embed_tokens")
+    config = fim_lora_config(target_modules=targets, use_dora=use_dora)
+    model = get_peft_model(llama().to(dtype), config, low_cpu_mem_usage=True)
+    initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+    plain = get_peft_model(llama().to(dtype), LoraConfig(target_modules=list(targets), use_dora=use_dora))
+    assert {name: parameter.dtype for name, parameter in model.named_parameters()} == {
+        name: parameter.dtype for name, parameter in plain.named_parameters()
+    }

@@ -479,8 +479,10 @@ class _LayerState:
             self.layer.lora_dropout[self._adapter_name] = self._entries["lora_dropout"]
         for name, parameter in self._own(self.layer.named_parameters()):
             old = self._parameters.get(name)
-            if old is not None and old is not parameter and old.device.type != "meta":
-                parameter.data = parameter.data.to(device=old.device, dtype=old.dtype)
+            if old is None or old is parameter:
+                continue
+            device = parameter.device if old.device.type == "meta" else old.device
+            parameter.data = parameter.data.to(device=device, dtype=old.dtype)
         self._set_flags()
 
     def keep_parameters(self) -> None:
