@@ -2,8 +2,10 @@
 
 import math
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict, prepare_model_for_compiled_hotswap
 from peft.utils.save_and_load import load_peft_weights
@@ -150,10 +152,23 @@ def weighted_sum_by_hand(model, one, two, weights):
     }
 
 
-@pytest.mark.parametrize("adjust", [True, False])
-@pytest.mark.parametrize(("combination_type", "svd_rank"), [("cat", None), ("svd", 24), ("svd", 12)])
-def test_weighted_sums_of_unequal_ranks(tmp_path, combination_type, svd_rank, adjust):
-    model, one, two = two_adapters(lora_alpha=5, adjust_scaling_factors=adjust)
+# Before 0.21 PEFT applies the scaling twice there, which shows unless it is 1.
+BY_SVD_WITH_SCALING = pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="scaling counts twice")
+
+
+@pytest.mark.parametrize(
+    ("combination_type", "svd_rank", "lora_alpha", "adjust"),
+    [
+        ("cat", None, 5, True),
+        ("cat", None, 5, False),
+        ("svd", 24, 4, True),
+        ("svd", 12, 4, True),
+        pytest.param("svd", 24, 5, True, marks=BY_SVD_WITH_SCALING),
+        pytest.param("svd", 24, 5, False, marks=BY_SVD_WITH_SCALING),
+    ],
+)
+def test_weighted_sums_of_unequal_ranks(tmp_path, combination_type, svd_rank, lora_alpha, adjust):
+    model, one, two = two_adapters(lora_alpha=lora_alpha, adjust_scaling_factors=adjust)
     assert one.ranks != two.ranks
     # No update has a rank above the sum of both, so 12 is large enough for an SVD.
     assert max(one.ranks[name] + two.ranks[name] for name in one.ranks) <= 12
@@ -169,6 +184,8 @@ def test_weighted_sums_of_unequal_ranks(tmp_path, combination_type, svd_rank, ad
         for name, delta in truth.items():
             base.get_submodule(name).weight.add_(delta)
     torch.testing.assert_close(logits(model), logits(base), rtol=1e-3, atol=1e-3)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # which the SVD of PEFT 0.18 is not, and cannot save
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "sum")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_tied_weight_has_the_efim_of_the_use_that_is_adapted(targets):
 
 
 def test_adapters_that_peft_ties_are_refused_before_anything_is_changed():
-    if "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
+    if version("peft").startswith("0.18."):
         pytest.skip("this PEFT ties no adapters")
     base = llama(tie_word_embeddings=True)
     config = fim_lora_config(target_modules=("embed_tokens", "lm_head"), ensure_weight_tying=True)

@@ -1,6 +1,7 @@
 """`r_min=0`: layers of rank 0 lose their adapter, and PEFT is told so."""
 
 import copy
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -112,6 +113,8 @@ def test_a_parameter_that_another_adapter_needs_stays_as_it_was():
     model = mixture_model()
     initialize_lora_fim_ranks(model, fim_scores=dict.fromkeys(TARGETS, 1.0))
     config = copy.deepcopy(mixture_model(r_min=0).peft_config["default"])
+    if version("peft").startswith("0.18."):
+        pytest.skip("this PEFT allows only one adapter with target_parameters")
     model.add_adapter("second", config)
     before = list(model.state_dict())
     with pytest.raises(ValueError, match="adapts it too"):

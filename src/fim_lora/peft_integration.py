@@ -568,7 +568,7 @@ def _drop(model: nn.Module, layer: Any, adapter_name: str, bias: str) -> None:
         base = layer.base_layer  # a further wrapper, if several parameters are adapted
     else:
         base = layer.get_base_layer()
-    if bias == "lora_only":
+    if bias == "lora_only" and not isinstance(base, ParamWrapper):
         base.requires_grad_(False)
     setattr(parent, attribute, base)
 

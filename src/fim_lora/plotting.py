@@ -88,8 +88,10 @@ def _figure(grids: Sequence[LayerGrid], allocation: RankAllocation) -> Figure:
         add_axes(x, top, _COLOUR_BAR_WIDTH, bar_height), norm, allocation, round(bar_height * _TICKS_PER_INCH)
     )
     figure.text(left / width, 1, _title(allocation), fontsize=_TITLE_SIZE, va="top")
-    if any(len(grid.cells) < len(grid.depths) * len(grid.kinds) for grid in grids):
-        figure.text(left / width, 0.2 / height, "hatched: no such layer", fontsize=_FONT_SIZE, color="0.35", va="top")
+    notes = ["hatched: no such layer"] * any(len(grid.cells) < len(grid.depths) * len(grid.kinds) for grid in grids)
+    notes += ["white: no adapter"] * bool(allocation.dropped_layers)
+    if notes:
+        figure.text(left / width, 0.2 / height, ", ".join(notes), fontsize=_FONT_SIZE, color="0.35", va="top")
     return figure
 
 
