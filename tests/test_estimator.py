@@ -383,7 +383,7 @@ def test_no_batch_and_too_few_batches():
         calibrate(model, {"lm_head": model.lm_head}, [], 3, show_progress_bar=False)
     with pytest.warns(UserWarning, match="yielded 2 batches where fim_calibration_batches=3"):
         calibrate(model, {"lm_head": model.lm_head}, lm_batches(2), 3, show_progress_bar=False)
-    with pytest.raises(RuntimeError, match=r"call `loss\.backward\(\)`"):
+    with pytest.raises(RuntimeError, match="No calibration batch was seen"):
         FisherEstimator({"lm_head": model.lm_head}).scores()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,10 +12,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .estimator import CAUSES_OF_NO_GRADIENT, FisherEstimator
+from .distributed import gathered, in_step
+from .estimator import FisherEstimator
 from .examples import batch_size_of
+from .fisher_sums import CAUSES_OF_NO_GRADIENT
 from .layer_types import TargetLayer
 from .scores import FimScores
+from .wrappers import is_sharded, replicas_apart
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -45,8 +47,14 @@ def calibrate(
     num_batches: int,
     forward_fn: ForwardFn | None = None,
     show_progress_bar: bool = True,
+    loss_communicates: bool = False,
 ) -> FimScores:
     """Accumulate the eFIM of `layers` over some batches, in eval mode.
+
+    With several processes each calibrates on the batches of its own `dataloader`, and all get the scores over all
+    examples. They may have different numbers of batches, or none. If one fails, all raise; only where a pass through
+    the model needs all of them (FSDP, ZeRO-3, `loss_communicates`) and one fails inside it, the others learn of it
+    when its process ends, as in training.
 
     Training mode, `requires_grad`, `.grad` and hooks of the model are afterwards what they were, also after an
     exception. The cost is a forward pass and a backward pass with respect to activations.
@@ -55,9 +63,11 @@ def calibrate(
         model: The model, with its adapters disabled.
         layers: Name to target layer, PEFT's LoRA layer or base layer.
         dataloader: Yields batches: mappings, tuples or tensors, with what the loss needs.
-        num_batches: Batches to use. If there are fewer, those are used, with a warning.
+        num_batches: Batches to use, in each process. If there are fewer, those are used, with a warning.
         forward_fn: Takes model and batch, returns something with `.loss` or `["loss"]`, or a scalar loss.
         show_progress_bar: Whether to show one.
+        loss_communicates: Whether `forward_fn` itself exchanges something between processes, as trainers do for
+            their metrics.
 
     Returns:
         The scores.
@@ -67,27 +77,36 @@ def calibrate(
         ValueError: If the loss is missing, not scalar or detached, or the dataloader is empty.
         RuntimeError: If no batch has finite gradients, or every score is zero.
     """
+    model = replicas_apart(model)
     estimator = FisherEstimator(layers)
     forward_fn = forward_fn or forward_fn_default
-    device = _device_of(model)
-    main_input_name = getattr(model, "main_input_name", None)
+    together = loss_communicates or is_sharded(model)
+
+    def run(batch: Any, counts: bool) -> None:
+        batch = send_to_device(batch, _device_of(model))
+        main_input_name = getattr(model, "main_input_name", None)
+        with estimator.batch(batch_size_of(batch, main_input_name), counts):
+            loss_of(forward_fn(model, batch)).backward()
+
     with (
         frozen_in_eval_mode(model),
         torch.enable_grad(),
         _attached(estimator),
         tqdm(total=num_batches, desc="eFIM", unit="batch", disable=not show_progress_bar) as progress,
     ):
-        for batch in islice(iter(dataloader), num_batches):
-            batch = send_to_device(batch, device)
-            with estimator.batch(batch_size_of(batch, main_input_name)):
-                loss_of(forward_fn(model, batch)).backward()
-            progress.update()
-    if estimator.num_batches == 0:
+        for batch, is_own in in_step(dataloader, num_batches, with_stand_ins=together):
+            if together:
+                run(batch, is_own)
+            else:
+                gathered(lambda: run(batch, True) if is_own else None)  # noqa: B023  called at once
+            progress.update(is_own)
+    seen = estimator.num_batches
+    if not any(gathered(lambda: seen)):
         raise ValueError("The dataloader yielded no batch: the eFIM needs at least one.")
-    if estimator.num_batches < num_batches:
+    if seen < num_batches:
         warnings.warn(
-            f"The dataloader yielded {estimator.num_batches} batches where fim_calibration_batches={num_batches} "
-            "were asked for; the eFIM is averaged over those.",
+            f"The dataloader yielded {seen} batches where fim_calibration_batches={num_batches} were asked for; the "
+            "eFIM is averaged over those.",
             stacklevel=3,
         )
     return estimator.scores()

@@ -7,7 +7,6 @@ numbers per layer.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,17 +19,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calls import LayerCall, RandomState, SavedCall, input_of
+from .distributed import gathered
 from .examples import UnattributableError, batch_size_of
+from .fisher_sums import FisherSums
 from .layer_types import TargetLayer, target_layer
-from .running_moments import RunningMoments
-from .scores import FimScores, LayerScore
-
-CAUSES_OF_NO_GRADIENT = (
-    "Usual causes: the batches have no labels; the loss is detached, or was computed without gradients "
-    "(`torch.no_grad`); all labels are masked (-100); the target layers do not take part in the loss; or reentrant "
-    "gradient checkpointing cuts the graph because no input requires a gradient (pass `use_reentrant=False`, or "
-    "call `model.enable_input_require_grads()`)."
-)
+from .scores import FimScores
 
 
 class FisherEstimator:
@@ -55,12 +48,8 @@ class FisherEstimator:
             for name, layer in layers.items()
         }
         self.max_batches = max_batches
-        self.num_batches = 0
-        self.num_skipped_batches = 0
         self.paused = False
-        self._moments = {name: RunningMoments() for name in self.layers}
-        self._unattributed: set[str] = set()
-        self._reached: set[str] = set()
+        self._sums = FisherSums.of(list(self.layers))
         self._pass = _Pass()
         self._evaluating = False
         self._handles: list[RemovableHandle] = []
@@ -86,20 +75,25 @@ class FisherEstimator:
             handle.remove()
         self._handles.clear()
 
+    @property
+    def num_batches(self) -> int:
+        """Backward passes seen in this process."""
+        return self._sums.num_batches
+
     @contextmanager
-    def batch(self, batch_size: int | None) -> Iterator[None]:
+    def batch(self, batch_size: int | None, counts: bool = True) -> Iterator[None]:
         """One forward and backward pass, which counts even if no layer received a gradient (it was zero then).
 
         Args:
             batch_size: Examples in the batch; `None` for the leading dimension of each layer's input.
+            counts: Whether to count it at all.
 
         Yields:
             Nothing.
         """
-        self._pass = _Pass(batch_size)
-        seen = self.num_batches
+        before = self._pass = _Pass(batch_size, counts)
         yield
-        if self.num_batches == seen:
+        if self._pass is before:
             self._finish_batch()
 
     def _start_forward(self, batch_size: int | None) -> None:
@@ -116,41 +110,31 @@ class FisherEstimator:
         A batch in which a gradient is not finite (overflow in float16) is counted and left out, for all layers.
         """
         finished, self._pass = self._pass, _Pass()
-        self.num_batches += 1
+        if not finished.counts:
+            return
+        self._sums.num_batches += 1
         if self.num_batches == self.max_batches:
             self.detach()
         for name, calls in finished.waiting.items():
             finished.norms[name] = self._norms(name, calls, finished.batch_size)
         self._accumulate(finished)
 
-    @property
-    def has_seen_gradients(self) -> bool:
-        """Whether a backward pass has reached a layer."""
-        return self.num_batches > 0 or self._pass.has_gradients
-
     def scores(self) -> FimScores:
-        """The scores so far.
+        """The scores so far, over the examples of all processes, each of which has to call this.
 
         Returns:
             Score of every layer.
 
         Raises:
-            RuntimeError: If no batch was seen, none had finite gradients, or every score is zero.
+            RuntimeError: If no process has seen a batch, none had finite gradients, every score is zero, or
+                another process failed.
         """
+        return FisherSums.merged(gathered(self._finished_sums)).scores(self.layers)
+
+    def _finished_sums(self) -> FisherSums:
         if self._pass.has_gradients:
             self._finish_batch()
-        if self.num_batches == 0:
-            raise RuntimeError("No calibration batch was seen: call `loss.backward()` at least once.")
-        if self.num_batches == self.num_skipped_batches:
-            raise RuntimeError(
-                f"All {self.num_batches} calibration batches had gradients that are not finite: calibrate in "
-                "bfloat16 or float32, scale the loss down, or look for NaN in the data."
-            )
-        scores = {name: self._score(name) for name in self.layers}
-        if all(score.mean == 0 for score in scores.values()):
-            raise RuntimeError(f"The eFIM of every layer is exactly zero. {CAUSES_OF_NO_GRADIENT}")
-        self._warn()
-        return FimScores(scores, self.num_batches, self.num_skipped_batches)
+        return self._sums
 
     def __getstate__(self) -> dict[str, Any]:
         # What is in flight belongs to a graph, which can neither be copied nor pickled.
@@ -223,7 +207,7 @@ class FisherEstimator:
             return layer.layer_type.squared_norms(layer, calls, size) * size**2
         except UnattributableError:
             # ‖Σ_t G_t‖² / B is Σ_t ‖G_t‖² / B in expectation if the G_t are independent with mean zero.
-            self._unattributed.add(name)
+            self._sums.unattributed.add(name)
             return layer.layer_type.squared_norms(layer, calls, 1) * size
         finally:
             self.paused = was_paused
@@ -233,47 +217,10 @@ class FisherEstimator:
         lengths = [len(finished.norms[name]) for name in names]
         values = _to_host([finished.norms[name] for name in names])
         if not np.isfinite(values).all():
-            self.num_skipped_batches += 1
+            self._sums.num_skipped_batches += 1
             return
-        self._reached.update(names)
         by_name = dict(zip(names, np.split(values, np.cumsum(lengths)[:-1]), strict=True)) if names else {}
-        zeros = np.zeros(finished.batch_size or max(lengths, default=1))
-        for name, moments in self._moments.items():
-            moments.add(by_name.get(name, zeros))
-
-    def _score(self, name: str) -> LayerScore:
-        moments, weight = self._moments[name], self.layers[name].weight
-        error = moments.standard_error
-        return LayerScore(
-            mean=moments.mean / weight.entries,
-            standard_error=None if error is None else error / weight.entries,
-            num_examples=moments.count,
-            shape=(weight.d_out, weight.d_in),
-            parameters_per_rank=weight.parameters_per_rank,
-            rank_step=weight.rank_step,
-        )
-
-    def _warn(self) -> None:
-        if self.num_skipped_batches:
-            warnings.warn(
-                f"{self.num_skipped_batches} of {self.num_batches} calibration batches had gradients that are not "
-                "finite and were left out: calibrate in bfloat16 or float32 to use them all.",
-                stacklevel=4,
-            )
-        if self._unattributed:
-            warnings.warn(
-                f"The inputs of {len(self._unattributed)} layers could not be attributed to examples, so their "
-                "batches count as one example each, and their scores are approximate: "
-                f"{sorted(self._unattributed)}. Calibrate with batches of one example to have them exact.",
-                stacklevel=4,
-            )
-        unreached = [name for name in self.layers if name not in self._reached]
-        if unreached:
-            warnings.warn(
-                f"{len(unreached)} target layers took no part in the loss of any calibration batch and score "
-                f"zero: {unreached}. If they stay out of it, leave them out of `target_modules`.",
-                stacklevel=4,
-            )
+        self._sums.add(by_name, finished.batch_size or max(lengths, default=1))
 
 
 @dataclass
@@ -282,6 +229,7 @@ class _Pass:
 
     Attributes:
         batch_size: Examples, if known.
+        counts: Whether it is a calibration batch.
         calls: Layer name to its calls in the forward pass.
         waiting: Layer name to the calls with their gradients that wait for those of further calls of the layer.
         norms: Layer name to the finished squared norms.
@@ -290,6 +238,7 @@ class _Pass:
     """
 
     batch_size: int | None = None
+    counts: bool = True
     calls: dict[str, int] = field(default_factory=dict)
     waiting: dict[str, list[LayerCall]] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from .calibration import ForwardFn, calibrate, forward_fn_default, frozen_in_eval_mode
 from .config import FimConfig
+from .distributed import gathered
 from .estimator import FisherEstimator
 from .eva_directions import eva_directions, require_eva
+from .fisher_sums import NO_BATCH_SEEN
 from .layer_types import target_layer
 from .peft_integration import (
     adapter_layers,
@@ -24,10 +26,12 @@ from .peft_integration import (
     forget_estimator,
     lora_layers_disabled,
     name_in_base_model,
+    require_resizable,
     resolve_targets,
 )
 from .rank_allocation import RankAllocation, verify_patterns
 from .scores import FimScores, LayerScore
+from .wrappers import replicas_apart
 
 
 def initialize_lora_fim_ranks(
@@ -84,6 +88,7 @@ def initialize_lora_fim_ranks(
     """
     config = _awaiting_config(model, adapter_name)
     layers = adapter_layers(model, adapter_name)
+    require_resizable(model, layers)
     with_eva = config.fim_config.init_lora_weights == "eva"
     if with_eva:
         require_eva(model, layers)
@@ -97,15 +102,13 @@ def initialize_lora_fim_ranks(
         scores = _given_scores(fim_scores, layers)
     elif dataloader is not None:
         scores = _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar, own_loop)
-    elif own_loop is None or not own_loop.has_seen_gradients:
-        raise RuntimeError(
-            f"No calibration batch was seen for adapter {adapter_name!r}: call `model(**batch).loss.backward()` on "
-            "some batches first, or pass `dataloader` or `fim_scores`."
-        )
+    elif own_loop is None:
+        raise RuntimeError(NO_BATCH_SEEN)
     else:
         scores = own_loop.scores()
 
     allocation = RankAllocation.from_scores(scores, config)
+    _require_same_ranks(allocation)
     base_config = copy.copy(config)
     base_config.init_lora_weights = final_initialisation(config)
     new_config = allocation.to_lora_config(base_config)
@@ -157,6 +160,7 @@ def get_fim_scores(
         RuntimeError: If no batch had finite gradients, or the eFIM of every layer is zero.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
     """
+    model = replicas_apart(model)
     if hasattr(model, "peft_config"):
         config = peft_config or _lora_config(model, adapter_name)
         layers = adapter_layers(model, adapter_name)
@@ -184,6 +188,17 @@ def _scores_of_adapter(
 ) -> FimScores:
     with lora_layers_disabled(model, own_loop):
         return calibrate(model, layers, dataloader, _num_batches(config), forward_fn, show_progress_bar)
+
+
+def _require_same_ranks(allocation: RankAllocation) -> None:
+    """Only scores that were given can differ between processes; those from data are over the data of all."""
+    for process, ranks in enumerate(gathered(lambda: allocation.ranks)):
+        if ranks != allocation.ranks:
+            name = next(name for name, rank in allocation.ranks.items() if ranks.get(name) != rank)
+            raise ValueError(
+                f"Process {process} would give layer {name!r} rank {ranks.get(name)}, this one "
+                f"{allocation.ranks[name]}: pass the same `fim_scores` to every process."
+            )
 
 
 def _given_scores(given: Mapping[str, LayerScore | float | Tensor], layers: Mapping[str, LoraLayer]) -> FimScores:
@@ -230,6 +245,11 @@ def _awaiting_config(model: nn.Module, adapter_name: str) -> LoraConfig:
 
 def _lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     configs = getattr(model, "peft_config", None)
+    if configs is None and replicas_apart(model) is not model:
+        raise ValueError(
+            f"The model is wrapped in {type(model).__name__}, which would go on with the parameters as they are now: "
+            "pass `model.module` (Accelerate: `accelerator.unwrap_model(model)`), and wrap it again afterwards."
+        )
     if configs is None:
         raise ValueError("The model has no adapter: call `get_peft_model(model, config)` first.")
     if adapter_name not in configs:

@@ -6,6 +6,7 @@ pass and the number of examples, and returns `‖G_t‖²_F` of every example t 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,10 +152,12 @@ def _linear_weight(layer: Any) -> Weight:
     return Weight(layer.out_features, layer.in_features)
 
 
+# The dimensions come from attributes, because a sharded or offloaded weight may be empty at the time.
+
+
 def _conv1d_weight(layer: Any) -> Weight:
-    """`Conv1D` of transformers holds its weight transposed."""
-    d_in, d_out = _base(layer).weight.shape
-    return Weight(d_out, d_in)
+    base = _base(layer)
+    return Weight(base.nf, base.nx)
 
 
 def _base(layer: Any) -> Any:
@@ -169,12 +172,11 @@ def _embedding_weight(layer: Any) -> Weight:
 def _convolution_weight(layer: Any) -> Weight:
     """A (r × C_in × kernel) has no groups in PEFT, B (C_out × r / groups) has."""
     base = _base(layer)
-    kernel = base.weight[0, 0].numel()
-    d_in = base.in_channels * kernel
+    d_in = base.in_channels * math.prod(base.kernel_size)
     return Weight(
         d_out=base.out_channels,
         d_in=d_in,
-        num_entries=base.weight.numel(),
+        num_entries=base.out_channels * d_in // base.groups,
         parameters_per_rank=d_in + base.out_channels // base.groups,
         rank_step=base.groups,
     )

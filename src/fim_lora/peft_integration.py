@@ -26,11 +26,14 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .config import FimConfig
+from .distributed import gathered, same_random_numbers
 from .estimator import FisherEstimator
 from .layer_types import TargetLayer, target_layer
 from .rank_allocation import RankAllocation
+from .wrappers import are_sharded, unwrapped, without_wrappers
 
 _MODULE = "peft.tuners.lora.fim"
 _PREFIX = "base_model.model."
@@ -248,8 +251,34 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return layers
 
 
+def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """Refuse an adapter whose weights are divided among processes, because no wrapper lets them change their shape.
+
+    Args:
+        model: The model.
+        layers: Name to LoRA layer of the adapter.
+
+    Raises:
+        ValueError: If the adapter is sharded. It names a layer.
+    """
+    in_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    sharded = [
+        name
+        for name, layer in layers.items()
+        if in_fsdp1 or are_sharded(parameter for key, parameter in layer.named_parameters() if "lora_" in key)
+    ]
+    if not sharded:
+        return
+    raise ValueError(
+        f"The adapter of layer {sharded[0]!r} is sharded, and cannot change its rank any more. Call "
+        "`initialize_lora_fim_ranks` before the model is sharded. If the model is too large for that, call "
+        "`get_fim_scores` on the sharded model without adapter, and create the adapter with the config that "
+        "`RankAllocation.from_scores(scores, config).to_lora_config(config)` returns."
+    )
+
+
 def _name_of(name: str, layer: LoraLayer) -> str:
-    name = name_in_base_model(name)
+    name = name_in_base_model(without_wrappers(name))
     if not isinstance(layer, ParamWrapper):
         return name
     # The wrappers of several parameters of one module are nested.
@@ -275,6 +304,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_config must be a LoraConfig, got {type(config).__name__}.")
+    model = unwrapped(model)
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # whose names a regular expression must match whole
     config = copy.deepcopy(config)
@@ -304,12 +334,15 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
 
 
 def _skeleton(module: nn.Module, clones: dict[int, tuple[nn.Module, nn.Module]]) -> nn.Module:
+    module = unwrapped(module)
     while isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+        module = unwrapped(module.get_base_layer())
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = module.original_module
     if id(module) not in clones:
-        clone = copy.copy(module)
+        # Not `copy.copy`, which calls the constructor of classes that FSDP2 and parametrizations make on the fly.
+        clone = object.__new__(type(module))
+        clone.__dict__.update(module.__dict__)
         clones[id(module)] = (module, clone)
         clone.__dict__.pop("peft_config", None)
         # PEFT registers the weights of nn.MultiheadAttention anew.
@@ -415,7 +448,8 @@ def apply_allocation(
         _require_droppable(model, adapter_name, dropped, set(layers) - set(dropped), new_config)
     kept = {name: layer for name, layer in layers.items() if name not in dropped}
     before = {name: _states(layer, adapter_name, new_config.init_lora_weights) for name, layer in kept.items()}
-    try:
+
+    def rebuild() -> None:
         for name, layer in kept.items():
             rank, alpha = allocation.ranks[name], allocation.alphas[name]
             a = None if directions is None else directions.get(name)
@@ -423,6 +457,10 @@ def apply_allocation(
             for state in before[name]:
                 state.carry_over()
                 _verify_layer(name, state.layer, adapter_name, rank, alpha, new_config)
+
+    try:
+        with same_random_numbers(*model.parameters()):
+            gathered(rebuild)
     except BaseException:
         for states in before.values():
             for state in states:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,18 +25,42 @@ class RunningMoments:
     deviation: float = 0.0
 
     def add(self, values: npt.NDArray[np.float64]) -> None:
-        """Take in more numbers, by the parallel update of Chan, Golub and LeVeque (1979), equation 2.1.
+        """Take in more numbers.
 
         Args:
             values: The numbers (n), n > 0.
         """
         mean = float(values.mean())
-        deviation = float(np.square(values - mean).sum())
-        total = self.count + len(values)
-        difference = mean - self.mean
-        self.deviation += deviation + difference**2 * self.count * len(values) / total
-        self.mean += difference * len(values) / total
+        self.merge(RunningMoments(len(values), mean, float(np.square(values - mean).sum())))
+
+    def merge(self, other: RunningMoments) -> None:
+        """Take in what another stream has seen, by the update of Chan, Golub and LeVeque (1979), equation 2.1.
+
+        Args:
+            other: The moments of the other stream.
+        """
+        total = self.count + other.count
+        if total == 0:
+            return
+        difference = other.mean - self.mean
+        self.deviation += other.deviation + difference**2 * self.count * other.count / total
+        self.mean += difference * other.count / total
         self.count = total
+
+    @classmethod
+    def merged(cls, several: Iterable[RunningMoments]) -> RunningMoments:
+        """The moments of several streams together.
+
+        Args:
+            several: Their moments, which stay as they are.
+
+        Returns:
+            New moments.
+        """
+        result = cls()
+        for moments in several:
+            result.merge(moments)
+        return result
 
     @property
     def standard_error(self) -> float | None:
