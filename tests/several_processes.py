@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import traceback
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+import test_trainers
 from fim_lora import FimConfig, RankAllocation, get_fim_scores, initialize_lora_fim_ranks
 from tiny_models import llama, token_batch
 
@@ -172,6 +174,17 @@ def gradients_of_a_step(wrapped, model, rank):
 
 def full(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).tolist()
+
+
+@case
+def trainer_of_trl(rank):
+    """TRL exchanges its metrics between processes inside its loss."""
+    trainer = test_trainers.sft_trainer(Path(tempfile.gettempdir()) / "fim-lora-several-processes", save_strategy="no")
+    allocation = test_trainers.allocate(trainer)
+    result = result_of(trainer.model, allocation)
+    trainer.train()
+    trained = {name: p.tolist() for name, p in trainer.model.named_parameters() if "lora_" in name}
+    return result | {"trained": trained}
 
 
 # --- Sharded models ---

@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 
 import several_processes
+import test_trainers
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from several_processes import ALL, EVEN, TARGETS, base, config
 from tiny_models import names_of, per_example_scores, token_batch
@@ -98,6 +99,16 @@ def test_batches_dealt_out_by_accelerate(results):
     first, second = outcome(results, "accelerate")
     assert first == second
     assert_same_scores(first["scores"], get_fim_scores(base(), batches, config(), show_progress_bar=False))
+
+
+def test_a_trainer_of_trl(results, tmp_path):
+    first, second = outcome(results, "trainer_of_trl")
+    assert first == second
+    allocation = test_trainers.allocate(test_trainers.sft_trainer(tmp_path))
+    # Two processes of two examples each take half the batches; four are asked for, so each reads what it has.
+    assert first["ranks"] == allocation.ranks
+    assert_same_scores(first["scores"], allocation.scores, relative=1e-4)
+    assert first["trained"] != {name: first["weights"][name] for name in first["weights"]}
 
 
 def test_random_numbers_on_the_way_are_the_same(results):

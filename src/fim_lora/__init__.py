@@ -13,6 +13,7 @@ from .json_files import InvalidFileError
 from .peft_integration import install as _install
 from .rank_allocation import RankAllocation
 from .scores import FimScores, LayerScore
+from .trainer import initialize_lora_fim_ranks_for_trainer
 
 __version__ = _version("fim-lora")
 
@@ -25,6 +26,7 @@ __all__ = [
     "allocate_ranks",
     "get_fim_scores",
     "initialize_lora_fim_ranks",
+    "initialize_lora_fim_ranks_for_trainer",
 ]
 
 _install(

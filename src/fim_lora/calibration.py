@@ -48,6 +48,7 @@ def calibrate(
     forward_fn: ForwardFn | None = None,
     show_progress_bar: bool = True,
     loss_communicates: bool = False,
+    sequences_per_example: int = 1,
 ) -> FimScores:
     """Accumulate the eFIM of `layers` over some batches, in eval mode.
 
@@ -68,6 +69,8 @@ def calibrate(
         show_progress_bar: Whether to show one.
         loss_communicates: Whether `forward_fn` itself exchanges something between processes, as trainers do for
             their metrics.
+        sequences_per_example: Sequences that make one example, such as 2 for batches of chosen texts followed by
+            the rejected ones.
 
     Returns:
         The scores.
@@ -84,8 +87,9 @@ def calibrate(
 
     def run(batch: Any, counts: bool) -> None:
         batch = send_to_device(batch, _device_of(model))
-        main_input_name = getattr(model, "main_input_name", None)
-        with estimator.batch(batch_size_of(batch, main_input_name), counts):
+        rows = batch_size_of(batch, getattr(model, "main_input_name", None))
+        size = None if rows is None else rows // sequences_per_example
+        with estimator.batch(size, sequences_per_example, counts):
             loss_of(forward_fn(model, batch)).backward()
 
     with (

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
@@ -78,6 +78,27 @@ class LayerCall:
     def input(self) -> Tensor:
         """The first argument."""
         return input_of(self.args, self.kwargs)
+
+    def by_pairs(self, examples: int, sequences: int, keep_rows: bool) -> LayerCall:
+        """Bring the sequences of an example together, where a batch holds all first ones, then all second ones.
+
+        Args:
+            examples: Examples, B.
+            sequences: Sequences that make one example, k. Rows t, t + B, … of k · B are those of example t.
+            keep_rows: Whether the leading dimension stays k · B and its multiples, for a layer that is run again.
+
+        Returns:
+            The call with every tensor (k · B · m × …) as (B × k · m × …), or with `keep_rows` as (B · k · m × …).
+        """
+
+        def together(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] % (examples * sequences):
+                return value
+            value = value.unflatten(0, (sequences, examples, -1)).transpose(0, 1)
+            return value.flatten(0, 2) if keep_rows else value.flatten(1, 2)
+
+        args, kwargs, output, gradient = tree_map(together, (self.args, self.kwargs, self.output, self.gradient))
+        return LayerCall(args, kwargs, output, self.random, gradient)
 
     def replayed(self) -> AbstractContextManager[None]:
         """Random numbers inside are those of the call."""

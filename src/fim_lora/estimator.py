@@ -81,17 +81,18 @@ class FisherEstimator:
         return self._sums.num_batches
 
     @contextmanager
-    def batch(self, batch_size: int | None, counts: bool = True) -> Iterator[None]:
+    def batch(self, batch_size: int | None, sequences_per_example: int = 1, counts: bool = True) -> Iterator[None]:
         """One forward and backward pass, which counts even if no layer received a gradient (it was zero then).
 
         Args:
             batch_size: Examples in the batch; `None` for the leading dimension of each layer's input.
+            sequences_per_example: Sequences that make one example; see `LayerCall.by_pairs`.
             counts: Whether to count it at all.
 
         Yields:
             Nothing.
         """
-        before = self._pass = _Pass(batch_size, counts)
+        before = self._pass = _Pass(batch_size, sequences_per_example, counts)
         yield
         if self._pass is before:
             self._finish_batch()
@@ -116,7 +117,7 @@ class FisherEstimator:
         if self.num_batches == self.max_batches:
             self.detach()
         for name, calls in finished.waiting.items():
-            finished.norms[name] = self._norms(name, calls, finished.batch_size)
+            finished.norms[name] = self._norms(name, calls, finished)
         self._accumulate(finished)
 
     def scores(self) -> FimScores:
@@ -192,15 +193,18 @@ class FisherEstimator:
         current.has_gradients = True
         current.outstanding -= 1
         if len(waiting) == current.calls.get(name):
-            current.norms[name] = self._norms(name, current.waiting.pop(name), current.batch_size)
+            current.norms[name] = self._norms(name, current.waiting.pop(name), current)
         if current.outstanding == 0:
             self._finish_batch()
 
-    def _norms(self, name: str, calls: list[LayerCall], batch_size: int | None) -> Tensor:
+    def _norms(self, name: str, calls: list[LayerCall], current: _Pass) -> Tensor:
         """`‖G_t‖²_F` of every example (B), or of the batch as one example (1) if rows cannot be attributed."""
         layer = self.layers[name]
         first = calls[0].input
-        size = batch_size or (first.shape[0] if first.ndim > 1 else 1)
+        size = current.batch_size or (first.shape[0] if first.ndim > 1 else 1)
+        if current.sequences_per_example > 1:
+            sequences, keep_rows = current.sequences_per_example, layer.layer_type.runs_again
+            calls = [call.by_pairs(size, sequences, keep_rows) for call in calls]
         was_paused, self.paused = self.paused, True  # a layer that is run again may have watched layers inside
         try:
             # G_t = B · g_tᵀ x_t, because the loss is the mean over examples of ℓ_t.
@@ -229,6 +233,7 @@ class _Pass:
 
     Attributes:
         batch_size: Examples, if known.
+        sequences_per_example: Sequences that make one example.
         counts: Whether it is a calibration batch.
         calls: Layer name to its calls in the forward pass.
         waiting: Layer name to the calls with their gradients that wait for those of further calls of the layer.
@@ -238,6 +243,7 @@ class _Pass:
     """
 
     batch_size: int | None = None
+    sequences_per_example: int = 1
     counts: bool = True
     calls: dict[str, int] = field(default_factory=dict)
     waiting: dict[str, list[LayerCall]] = field(default_factory=dict)

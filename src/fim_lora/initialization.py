@@ -86,7 +86,7 @@ def initialize_lora_fim_ranks(
         TypeError: If a layer's class is not supported, the forward pass returns no loss, or PEFT cannot initialise a
             layer from a weight of its dtype.
     """
-    config = _awaiting_config(model, adapter_name)
+    config = awaiting_config(model, adapter_name)
     layers = adapter_layers(model, adapter_name)
     require_resizable(model, layers)
     with_eva = config.fim_config.init_lora_weights == "eva"
@@ -232,7 +232,19 @@ def _given_score(name: str, score: LayerScore | float | Tensor, layer: nn.Module
         raise ValueError(f"The score of layer {name!r} cannot be used: {error}") from error
 
 
-def _awaiting_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+def awaiting_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    """The config of an adapter that waits for its ranks.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+
+    Returns:
+        The config, which belongs to the model.
+
+    Raises:
+        ValueError: If there is no such adapter, or it does not wait.
+    """
     config = _lora_config(model, adapter_name)
     if not awaits_ranks(config):
         raise ValueError(
