@@ -11,6 +11,8 @@ OLDEST_PEFT := 0.18.0
 OLDEST_TORCHAO := 0.15.0
 # Apart from the rest, because PEFT imports them wherever they are installed, and they have things to say then.
 QUANTISED := $(VENV)/quantised
+# Apart, too, because Accelerate behaves otherwise where it is installed.
+DEEPSPEED := $(VENV)/deepspeed
 DEMO := demo-output
 
 .PHONY: demo test test-oldest-peft lint types clean
@@ -21,9 +23,10 @@ demo: $(STAMPS)/demo
 		-r 8 --target-modules all-linear --max-length 128 --output $(DEMO)/adapter --overwrite
 	$(BIN)/python examples/train_with_stock_peft.py $(DEMO)/adapter $(DEMO)/docstrings.jsonl
 
-test: $(STAMPS)/test $(QUANTISED)
-	$(BIN)/python -m pytest --ignore tests/test_quantised.py
+test: $(STAMPS)/test $(QUANTISED) $(DEEPSPEED)
+	$(BIN)/python -m pytest --ignore tests/test_quantised.py --ignore tests/test_zero3.py
 	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/test_quantised.py
+	PYTHONPATH=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest tests/test_zero3.py
 
 test-oldest-peft: $(STAMPS)/test $(QUANTISED) $(VENV)/peft-$(OLDEST_PEFT) $(VENV)/torchao-$(OLDEST_TORCHAO)
 	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/test_peft_integration.py \
@@ -60,6 +63,10 @@ $(STAMPS)/test: $(STAMPS)/demo
 
 $(QUANTISED): $(STAMPS)/venv constraints.txt
 	$(PIP) --no-deps --upgrade --target $@ bitsandbytes torchao
+	touch $@
+
+$(DEEPSPEED): $(STAMPS)/venv constraints.txt
+	$(PIP) --no-deps --upgrade --target $@ deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 $(VENV)/torchao-$(OLDEST_TORCHAO): $(STAMPS)/venv

@@ -18,7 +18,7 @@ from .examples import batch_size_of
 from .fisher_sums import CAUSES_OF_NO_GRADIENT
 from .layer_types import TargetLayer
 from .scores import FimScores
-from .wrappers import is_sharded, replicas_apart
+from .wrappers import is_sharded, without_engine
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -80,7 +80,7 @@ def calibrate(
         ValueError: If the loss is missing, not scalar or detached, or the dataloader is empty.
         RuntimeError: If no batch has finite gradients, or every score is zero.
     """
-    model = replicas_apart(model)
+    model = without_engine(model)
     estimator = FisherEstimator(layers)
     forward_fn = forward_fn or forward_fn_default
     together = loss_communicates or is_sharded(model)

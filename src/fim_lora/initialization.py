@@ -31,7 +31,7 @@ from .peft_integration import (
 )
 from .rank_allocation import RankAllocation, verify_patterns
 from .scores import FimScores, LayerScore
-from .wrappers import replicas_apart
+from .wrappers import without_engine
 
 
 def initialize_lora_fim_ranks(
@@ -160,7 +160,7 @@ def get_fim_scores(
         RuntimeError: If no batch had finite gradients, or the eFIM of every layer is zero.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
     """
-    model = replicas_apart(model)
+    model = without_engine(model)
     if hasattr(model, "peft_config"):
         config = peft_config or _lora_config(model, adapter_name)
         layers = adapter_layers(model, adapter_name)
@@ -257,7 +257,7 @@ def awaiting_config(model: nn.Module, adapter_name: str) -> LoraConfig:
 
 def _lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     configs = getattr(model, "peft_config", None)
-    if configs is None and replicas_apart(model) is not model:
+    if configs is None and without_engine(model) is not model:
         raise ValueError(
             f"The model is wrapped in {type(model).__name__}, which would go on with the parameters as they are now: "
             "pass `model.module` (Accelerate: `accelerator.unwrap_model(model)`), and wrap it again afterwards."

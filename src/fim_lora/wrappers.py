@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -47,8 +48,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = getattr(module, attribute)
 
 
-def replicas_apart(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel` or `DataParallel`, which only synchronise gradients of parameters.
+def without_engine(model: nn.Module) -> nn.Module:
+    """The model inside `DistributedDataParallel`, `DataParallel` or DeepSpeed's engine.
+
+    They only synchronise gradients of parameters and step the optimizer; what shards the model stays.
 
     Args:
         model: A model.
@@ -56,8 +59,9 @@ def replicas_apart(model: nn.Module) -> nn.Module:
     Returns:
         The model inside, or the model itself.
     """
-    while isinstance(model, (DistributedDataParallel, DataParallel)):
-        model = model.module
+    # By its name, because importing DeepSpeed takes seconds and is not wanted by those who do not use it.
+    while isinstance(model, (DistributedDataParallel, DataParallel)) or type(model).__name__ == "DeepSpeedEngine":
+        model = cast(nn.Module, model.module)
     return model
 
 
