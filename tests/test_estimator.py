@@ -509,3 +509,38 @@ def test_half_precision_model_and_autocast():
         # The noise of a forward and backward pass in bfloat16.
         assert half[name].mean == pytest.approx(exact[name].mean, rel=0.1)
         assert mixed[name].mean == pytest.approx(exact[name].mean, rel=0.1)
+
+
+class _OutOfMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("use_reentrant", [None, True, False])
+def test_a_backward_pass_that_raised_half_way_counts_nothing(use_reentrant):
+    model = llama().double().train()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+    names = names_of(model, "q_proj", "v_proj")
+    estimator = FisherEstimator({name: model.get_submodule(name) for name in names})
+    estimator.attach(model)
+    batches = lm_batches(3)
+    # Behind the second layer, before the first, seen from the loss.
+    hook = model.model.layers[1].register_forward_pre_hook(
+        lambda module, args: (_OutOfMemory.apply(args[0]), *args[1:])
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        model(**batches[0]).loss.backward()
+    hook.remove()
+    for batch in batches[1:]:
+        model(**batch).loss.backward()
+    scores = estimator.scores()
+    assert scores.num_batches == 2
+    for name, values in per_example_scores(llama(), batches[1:], names).items():
+        assert scores[name].mean == pytest.approx(values.mean().item(), rel=1e-6)

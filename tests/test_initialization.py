@@ -502,7 +502,7 @@ ONES = dict.fromkeys(NAMES, 1.0)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, RuntimeError, "No calibration batch was seen for adapter 'default'"),
+        ({}, RuntimeError, "No calibration batch was seen"),
         ({"adapter_name": "other"}, ValueError, r"no adapter 'other'; it has \['default'\]"),
         ({"dataloader": [], "fim_scores": {}}, ValueError, "Both `dataloader` and `fim_scores`"),
         ({"dataloader": []}, ValueError, "yielded no batch"),

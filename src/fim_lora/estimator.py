@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .calls import LayerCall, RandomState, SavedCall, input_of
@@ -62,12 +63,14 @@ class FisherEstimator:
                 the leading dimension of each layer's input, or what `batch` was told.
         """
         for name, layer in self.layers.items():
-            hook = _LayerHook(self, name)
+            layer_hook = _LayerHook(self, name)
             if layer.layer_type.runs_again:
-                self._handles.append(layer.module.register_forward_pre_hook(hook.before, with_kwargs=True))
-            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+                self._handles.append(layer.module.register_forward_pre_hook(layer_hook.before, with_kwargs=True))
+            self._handles.append(layer.module.register_forward_hook(layer_hook, with_kwargs=True))
         for root in roots:
-            self._handles.append(root.register_forward_pre_hook(_RootHook(self), with_kwargs=True))
+            root_hook = _RootHook(self)
+            self._handles.append(root.register_forward_pre_hook(root_hook.before, with_kwargs=True))
+            self._handles.append(root.register_forward_hook(root_hook))
 
     def detach(self) -> None:
         """Remove the hooks; what was accumulated stays."""
@@ -99,11 +102,17 @@ class FisherEstimator:
 
     def _start_forward(self, batch_size: int | None) -> None:
         """A forward pass of the whole model begins. Several before one backward pass make one batch."""
-        if self._pass.has_gradients:
-            self._finish_batch()
+        self._close_pass()
         self._evaluating = not torch.is_grad_enabled()
         if not self._evaluating:
             self._pass.batch_size = batch_size
+
+    def _close_pass(self) -> None:
+        """What comes next belongs to another pass. One whose backward pass raised, and was caught, counts nothing."""
+        if self._pass.running:
+            self._pass = _Pass()
+        elif self._pass.has_gradients:
+            self._finish_batch()
 
     def _finish_batch(self) -> None:
         """Take the gradients of this pass into the running sums.
@@ -133,8 +142,7 @@ class FisherEstimator:
         return FisherSums.merged(gathered(self._finished_sums)).scores(self.layers)
 
     def _finished_sums(self) -> FisherSums:
-        if self._pass.has_gradients:
-            self._finish_batch()
+        self._close_pass()
         return self._sums
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,8 +159,7 @@ class FisherEstimator:
         if not _inside_backward():
             if self._evaluating and not with_gradients:
                 return None
-            if self._pass.has_gradients:
-                self._finish_batch()
+            self._close_pass()
             if self.num_batches == self.max_batches:
                 return None
             self._pass.calls[name] = self._pass.calls.get(name, 0) + 1
@@ -188,6 +195,7 @@ class FisherEstimator:
         if self.paused or self.num_batches == self.max_batches:
             return
         current = self._pass
+        current.note_backward()
         waiting = current.waiting.setdefault(name, [])
         waiting.append(saved.take(name, gradient.detach()))
         current.has_gradients = True
@@ -196,6 +204,11 @@ class FisherEstimator:
             current.norms[name] = self._norms(name, current.waiting.pop(name), current)
         if current.outstanding == 0:
             self._finish_batch()
+
+    def _receive_of_root(self, gradient: Tensor) -> None:
+        """The hook on the model's output. Checkpointed layers learn only of their own share of the backward pass."""
+        if not self.paused and self.num_batches != self.max_batches:
+            self._pass.note_backward()
 
     def _norms(self, name: str, calls: list[LayerCall], current: _Pass) -> Tensor:
         """`‖G_t‖²_F` of every example (B), or of the batch as one example (1) if rows cannot be attributed."""
@@ -240,6 +253,7 @@ class _Pass:
         norms: Layer name to the finished squared norms.
         outstanding: Calls whose gradient has not come.
         has_gradients: Whether the backward pass has begun.
+        running: Runs of autograd that have begun and not ended.
     """
 
     batch_size: int | None = None
@@ -250,6 +264,15 @@ class _Pass:
     norms: dict[str, Tensor] = field(default_factory=dict)
     outstanding: int = 0
     has_gradients: bool = False
+    running: set[int] = field(default_factory=set)
+
+    def note_backward(self) -> None:
+        """Note this run of autograd until it has ended. One that raises never ends."""
+        run = torch._C._current_graph_task_id()
+        if run not in self.running:
+            self.running.add(run)
+            # What FSDP does to learn of the end; there is no public function.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self.running.discard, run))
 
 
 @dataclass
@@ -272,15 +295,21 @@ class _LayerHook:
 
 @dataclass
 class _RootHook:
-    """Forward hook of a whole model, before its layers: tells the batch size."""
+    """Forward hooks of a whole model: before its layers, for the batch size; after them, for the backward pass."""
 
     estimator: FisherEstimator
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hook before the call."""
         if self.estimator.paused or _inside_backward():
             return
         name = getattr(module, "main_input_name", None)
         self.estimator._start_forward(batch_size_of(args or kwargs, name))
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad and not _inside_backward():
+                tensor.register_hook(self.estimator._receive_of_root)
 
 
 def _require_gradient_of_input(name: str, module: nn.Module, x: Tensor, is_cut: bool) -> None:
