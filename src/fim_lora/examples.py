@@ -21,7 +21,9 @@ def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     2. The second of three or more dimensions is the batch (sequence first): the two are swapped.
     3. The leading dimension is a multiple of the batch, as after `hidden.view(-1, d)`: consecutive rows belong to
        the same example.
-    4. Otherwise rows cannot be attributed to examples, for example tokens routed to an expert.
+    4. Otherwise rows cannot be attributed to examples, for example tokens routed to an expert. Nor can they where
+       2 and 3 both apply, and so contradict each other: windows of an image or of a video, with as many positions as
+       there are examples, look like a sequence of which the length is a multiple of the batch.
 
     Args:
         x: Input of the layer (B × … or (B·k) × … or T × B × …).
@@ -37,6 +39,8 @@ def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     if x.ndim == 1:
         x, g = x.unsqueeze(0), g.unsqueeze(0)
     if x.shape[0] != batch_size and x.ndim >= 3 and x.shape[1] == batch_size:
+        if batch_size > 1 and x.shape[0] % batch_size == 0:
+            raise UnattributableError
         return x.transpose(0, 1), g.transpose(0, 1)
     return by_leading_dimension(x, g, batch_size)
 
