@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import test_trainers
 from fim_lora import FimConfig, RankAllocation, get_fim_scores, initialize_lora_fim_ranks
+from test_layer_types import WIDTH, Experts
 from tiny_models import llama, token_batch
 
 # Unequal sizes and unequal numbers. The first process has more.
@@ -234,6 +236,61 @@ def fsdp1_with_adapter(rank):
     units = ModuleWrapPolicy([LlamaDecoderLayer])
     model = get_peft_model(base(), config(awaits=False))
     return scores(in_fsdp1(model, auto_wrap_policy=units, use_orig_params=True), SHARES[rank])
+
+
+class Various(nn.Module):
+    """A layer of every type."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, WIDTH)
+        self.convolution = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=2)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.router, self.experts = nn.Linear(WIDTH, 3), Experts(3)
+
+    def forward(self, ids):
+        x = self.convolution(self.embedding(ids).mT).mT
+        x = self.linear(x + self.attention(x, x, x, need_weights=False)[0])
+        hidden = x.flatten(0, 1)
+        weights, index = self.router(hidden).softmax(-1).topk(2)
+        return {"loss": self.experts(hidden, index, weights).square().flatten(1).sum(1).mean()}
+
+
+def various_config(parameters=True):
+    return LoraConfig(
+        r=2,
+        target_modules=["embedding", "convolution", "attention", "linear"],
+        target_parameters=["experts.up", "experts.down"] if parameters else None,
+    )
+
+
+def various_batches(seeds):
+    return [{"ids": torch.randint(20, (3, 5), generator=torch.Generator().manual_seed(seed))} for seed in seeds]
+
+
+def scores_of_various(model, seeds, parameters=True):
+    return scores(model, various_batches(seeds), various_config(parameters))
+
+
+@case
+def fsdp2_of_every_layer_type(rank):
+    model = Various().double()
+    for unit in (model.embedding, model.convolution, model.attention, model.linear, model.experts):
+        fully_shard(unit)
+    return scores_of_various(fully_shard(model), [[0, 1, 2], [3]][rank])
+
+
+@case
+def fsdp1_of_every_layer_type(rank):
+    return scores_of_various(in_fsdp1(Various().double()), [[0, 1, 2], [3]][rank], parameters=False)
+
+
+@case
+def parameters_that_fsdp1_hides(rank):
+    models = in_fsdp1(Various()), in_fsdp1(Various(), use_orig_params=True)
+    return [error_of(lambda: scores_of_various(model, [0])) for model in models]  # noqa: B023
 
 
 @case

@@ -93,6 +93,24 @@ def test_wrapped_and_sharded_models_have_the_scores_of_the_whole(results, alone,
     assert_same_scores(first, alone)
 
 
+@pytest.mark.parametrize("case", ["fsdp2_of_every_layer_type", "fsdp1_of_every_layer_type"])
+def test_layers_of_every_type_when_sharded(results, case):
+    model, batches = several_processes.Various().double(), several_processes.various_batches(range(4))
+    config = several_processes.various_config(parameters=case.startswith("fsdp2"))
+    whole = get_fim_scores(model, batches, config, show_progress_bar=False)
+    assert len(whole) == (6 if case.startswith("fsdp2") else 4)
+    for found in outcome(results, case):
+        assert_same_scores(found, whole)
+
+
+def test_parameters_that_cannot_be_seen_are_not_left_out(results):
+    for hidden, flat in outcome(results, "parameters_that_fsdp1_hides"):
+        for error in (hidden, flat):
+            assert error.startswith("ValueError: FullyShardedDataParallel flattens the parameters")
+        assert "no parameter 'experts.up'" in hidden
+        assert "PEFT says: Conv1d" in flat
+
+
 def test_batches_dealt_out_by_accelerate(results):
     pairs = [[token_batch(1, 10, seed=seed) for seed in (first, first + 1)] for first in range(0, 8, 2)]
     batches = [{key: torch.cat([one[key] for one in pair]) for key in pair[0]} for pair in pairs]

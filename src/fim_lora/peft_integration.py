@@ -261,7 +261,7 @@ def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None
     Raises:
         ValueError: If the adapter is sharded. It names a layer.
     """
-    in_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    in_fsdp1 = _in_fsdp1(model)
     sharded = [
         name
         for name, layer in layers.items()
@@ -304,6 +304,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_config must be a LoraConfig, got {type(config).__name__}.")
+    flattened = _in_fsdp1(model)
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # whose names a regular expression must match whole
@@ -319,6 +320,10 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
             # They come again, once, when the adapter is created.
             warnings.simplefilter("ignore")
             LoraModel(skeleton, {"default": config}, "default", low_cpu_mem_usage=True)
+    except ValueError as error:
+        if flattened:
+            raise ValueError(f"{_FLATTENED} PEFT says: {error}") from error
+        raise
     finally:
         for parameter, needed in requires_grad:
             parameter.requires_grad_(needed)
@@ -330,7 +335,27 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
         )
     originals = {id(clone): original for original, clone in clones.values()}
     targets = {name: target_layer(name, layer) for name, layer in adapter_layers(skeleton, "default").items()}
+    if flattened:
+        _require_parameters(config, targets)
     return {name: dataclasses.replace(target, module=originals[id(target.module)]) for name, target in targets.items()}
+
+
+def _require_parameters(config: LoraConfig, targets: Iterable[str]) -> None:
+    """FSDP1 may hide parameters, and PEFT would go on without them."""
+    wanted = config.target_parameters or ()
+    hidden = [name for name in wanted if not any(f".{target}".endswith(f".{name}") for target in targets)]
+    if hidden:
+        raise ValueError(f"{_FLATTENED} It finds no parameter {hidden[0]!r}.")
+
+
+_FLATTENED = (
+    "FullyShardedDataParallel flattens the parameters, so PEFT cannot see their names and shapes: use FSDP2 "
+    "(`fully_shard`), which keeps them."
+)
+
+
+def _in_fsdp1(model: nn.Module) -> bool:
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def _skeleton(module: nn.Module, clones: dict[int, tuple[nn.Module, nn.Module]]) -> nn.Module:
