@@ -12,9 +12,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -307,6 +309,20 @@ def an_adapter_that_is_sharded(rank):
     two = in_fsdp1(get_peft_model(base(), config()), use_orig_params=True)
     ddp = DistributedDataParallel(get_peft_model(base(), config()))
     return [error_of(lambda: initialize(one, SHARES[rank])) for one in (model, two, ddp)]  # noqa: B023
+
+
+@case
+def tensor_parallelism(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    errors, columns = [], ColwiseParallel()
+    for target in ("up_proj", "down_proj"):
+        model = base()
+        for layer in model.model.layers:
+            parallelize_module(
+                layer.mlp, mesh, {"up_proj": columns, "gate_proj": columns, "down_proj": RowwiseParallel()}
+            )
+        errors.append(error_of(lambda: scores(model, ALL, LoraConfig(target_modules=[target]))))  # noqa: B023
+    return errors
 
 
 # --- Failures of one process ---

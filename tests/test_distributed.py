@@ -172,6 +172,13 @@ def test_adapters_that_cannot_be_resized_are_refused(results):
         assert "model.module" in ddp
 
 
+def test_layers_that_are_split_are_refused(results):
+    for errors in outcome(results, "tensor_parallelism"):
+        for error in errors:
+            assert error.startswith("ValueError: Layer 'model.layers.")
+            assert "Tensor parallelism is not supported" in error
+
+
 def test_no_process_waits_for_one_that_failed(results, alone):
     first, second = outcome(results, "failures_before_the_allocation")
     data, memory, empty, unseen, different = second["errors"]

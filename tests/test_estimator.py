@@ -544,3 +544,15 @@ def test_a_backward_pass_that_raised_half_way_counts_nothing(use_reentrant):
     assert scores.num_batches == 2
     for name, values in per_example_scores(llama(), batches[1:], names).items():
         assert scores[name].mean == pytest.approx(values.mean().item(), rel=1e-6)
+
+
+def test_a_layer_of_which_only_a_part_is_here_is_refused():
+    model = llama()
+    mlp = model.model.layers[1].mlp
+    # As tensor parallelism leaves it: the class still says the whole size.
+    for layer in (mlp.gate_proj, mlp.up_proj):
+        layer.weight = nn.Parameter(layer.weight[:20].detach())
+    mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight[:, :20].detach())
+    for name in ("up_proj", "down_proj"):
+        with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.{name}' is .*Tensor parallelism is not supported"):
+            scores_of(model, lm_batches(), [f"model.layers.1.mlp.{name}"])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -23,7 +24,7 @@ from .calls import LayerCall, RandomState, SavedCall, input_of
 from .distributed import gathered
 from .examples import UnattributableError, batch_size_of
 from .fisher_sums import FisherSums
-from .layer_types import TargetLayer, target_layer
+from .layer_types import TENSOR_PARALLELISM, TargetLayer, target_layer
 from .scores import FimScores
 
 
@@ -169,6 +170,8 @@ class FisherEstimator:
         # Of several outputs the first is the layer's; there are attention weights behind it.
         outputs = list(output) if isinstance(output, tuple) else [output]
         tensors = [value if isinstance(value, Tensor) and value.is_floating_point() else None for value in outputs]
+        if isinstance(input_of(args, kwargs), DTensor) or isinstance(outputs[0], DTensor):
+            raise ValueError(f"Layer {name!r} has a part of its input or output in this process. {TENSOR_PARALLELISM}")
         starts_graph = not any(tensor is not None and tensor.requires_grad for tensor in tensors)
         _require_gradient_of_input(name, self.layers[name].module, input_of(args, kwargs), starts_graph)
         if starts_graph:

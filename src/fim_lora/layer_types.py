@@ -24,6 +24,10 @@ from .gradient_norms import convolution_squared_norms, embedding_squared_norms, 
 
 SquaredNorms = Callable[["TargetLayer", Sequence[LayerCall], int], Tensor]
 
+TENSOR_PARALLELISM = (
+    "Tensor parallelism is not supported: calibrate with a model that is not split, or sharded by FSDP or ZeRO-3."
+)
+
 # How far the output of a layer that is run again may be from the first, relative to its norm: far above what other
 # kernels for other shapes make of it in bfloat16, far below what rows of the wrong example would.
 _SAME_OUTPUT = 0.05
@@ -223,7 +227,15 @@ def linear_squared_norms(target: TargetLayer, calls: Sequence[LayerCall], batch_
 
     Raises:
         UnattributableError: If rows of the input belong to no example.
+        ValueError: If only a part of the layer is in this process.
     """
+    for call in calls:
+        found = (call.gradient.shape[-1], call.input.shape[-1])
+        if found != (target.weight.d_out, target.weight.d_in):
+            raise ValueError(
+                f"Layer {target.name!r} is ({target.weight.d_out}, {target.weight.d_in}), but in this process it is "
+                f"{found}. {TENSOR_PARALLELISM}"
+            )
     pairs = [by_example(call.input, call.gradient, batch_size) for call in calls]
     return squared_norms(*_concatenated([(_positions(x), _positions(g)) for x, g in pairs]))
 
