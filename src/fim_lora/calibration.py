@@ -94,6 +94,7 @@ def calibrate(
 
     with (
         frozen_in_eval_mode(model),
+        torch.compiler.set_stance("force_eager"),  # compiled code would not know of the hooks
         torch.enable_grad(),
         _attached(estimator),
         tqdm(total=num_batches, desc="eFIM", unit="batch", disable=not show_progress_bar) as progress,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
@@ -166,6 +167,8 @@ class SavedCall:
         tensors = iter(node.saved_tensors)
         leaves = [next(tensors) if other is None else other[0] for other in self._others]
         args, kwargs, output = tree_unflatten(leaves, self._structure)
+        # Accelerate moves the arguments inside of the call, where a layer and the one before lie on two devices.
+        args, kwargs = send_to_device((args, kwargs), gradient.device)
         return LayerCall(args, kwargs, output, self._random, gradient)
 
 

@@ -7,11 +7,12 @@ numbers per layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from .examples import UnattributableError, batch_size_of
 from .fisher_sums import FisherSums
 from .layer_types import TENSOR_PARALLELISM, TargetLayer, target_layer
 from .scores import FimScores
+
+Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
 class FisherEstimator:
@@ -278,6 +281,17 @@ class _Pass:
             torch.autograd.Variable._execution_engine.queue_callback(partial(self.running.discard, run))
 
 
+def _outside_compiled_code(function: Hook) -> Hook:
+    """Decorator: compiled code stops here and goes on behind, because what a hook does cannot be traced."""
+    options: dict[str, Any] = {}
+    if "reason" in inspect.signature(torch.compiler.disable).parameters:  # older versions of PyTorch have none
+        options["reason"] = (
+            "fim_lora watches this pass to collect the eFIM. Until `initialize_lora_fim_ranks`, compile without "
+            "`fullgraph=True`, or pass it a `dataloader`"
+        )
+    return cast(Hook, torch.compiler.disable(function, **options))
+
+
 @dataclass
 class _LayerHook:
     """Forward hook of a layer; an object, not a closure, so that the model can be copied and pickled."""
@@ -286,11 +300,14 @@ class _LayerHook:
     name: str
     random: RandomState | None = None
 
+    @_outside_compiled_code
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before the call, of a layer that is run again."""
         if not self.estimator.paused:
-            self.random = RandomState.of(args, kwargs)
+            # Where Accelerate moves the arguments inside of the call, random numbers are drawn where the weights are.
+            self.random = RandomState.of(args, kwargs, list(module.parameters()))
 
+    @_outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         random, self.random = self.random, None
         return self.estimator._observe(self.name, args, kwargs, output, random)
@@ -302,6 +319,7 @@ class _RootHook:
 
     estimator: FisherEstimator
 
+    @_outside_compiled_code
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before the call."""
         if self.estimator.paused or _inside_backward():
@@ -309,6 +327,7 @@ class _RootHook:
         name = getattr(module, "main_input_name", None)
         self.estimator._start_forward(batch_size_of(args or kwargs, name))
 
+    @_outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad and not _inside_backward():
@@ -342,9 +361,15 @@ def _refuse_gradient(name: str, gradient: Tensor) -> None:
 
 def _to_host(tensors: list[Tensor]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Concatenate 1-D tensors, with one transfer per device."""
-    if len({tensor.device for tensor in tensors}) == 1:
-        tensors = [torch.cat([tensor.float() if tensor.dtype != torch.float64 else tensor for tensor in tensors])]
-    arrays = [tensor.cpu().double().numpy() for tensor in tensors]
+    arrays: list[Any] = [np.zeros(0)] * len(tensors)
+    for device in {tensor.device for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        there = [tensors[place] for place in places]
+        joined = torch.cat([tensor.float() if tensor.dtype != torch.float64 else tensor for tensor in there])
+        here = joined.cpu().double().numpy()
+        lengths = [len(tensor) for tensor in there]
+        for place, array in zip(places, np.split(here, np.cumsum(lengths)[:-1]), strict=True):
+            arrays[place] = array
     return np.concatenate(arrays) if arrays else np.zeros(0)
 
 

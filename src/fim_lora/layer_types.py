@@ -21,6 +21,7 @@ from .attention import attention_matrices
 from .calls import LayerCall
 from .examples import UnattributableError, by_example, by_leading_dimension
 from .gradient_norms import convolution_squared_norms, embedding_squared_norms, squared_norms
+from .offloading import onloaded
 
 SquaredNorms = Callable[["TargetLayer", Sequence[LayerCall], int], Tensor]
 
@@ -310,9 +311,11 @@ def attention(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) 
     Raises:
         UnattributableError: If rows of the input belong to no example.
     """
-    matrices = [
-        [by_leading_dimension(x, g, batch_size) for x, g in attention_matrices(target.module, call)] for call in calls
-    ]
+    with onloaded(target.module, target.module.out_proj):
+        matrices = [
+            [by_leading_dimension(x, g, batch_size) for x, g in attention_matrices(target.module, call)]
+            for call in calls
+        ]
     by_matrix = [[(_positions(x), _positions(g)) for x, g in pairs] for pairs in zip(*matrices, strict=True)]
     return torch.stack([squared_norms(*_concatenated(pairs)) for pairs in by_matrix]).sum(0)
 
@@ -336,11 +339,14 @@ def parameter(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) 
         RuntimeError: If the module gives another output when it is run again with the same arguments.
         TypeError: If the parameter cannot have a gradient.
     """
-    weight = getattr(target.module, str(target.parameter_name))
-    if not weight.dtype.is_floating_point:
-        raise TypeError(f"Parameter {target.name!r} has dtype {weight.dtype}: it can have no gradient and no eFIM.")
-    norms = [_norm_of_example(target, weight, calls, example, batch_size) for example in range(batch_size)]
-    return torch.stack(norms)
+    with onloaded(target.module):
+        weight = getattr(target.module, str(target.parameter_name))
+        if not weight.dtype.is_floating_point:
+            raise TypeError(
+                f"Parameter {target.name!r} has dtype {weight.dtype}: it can have no gradient and no eFIM."
+            )
+        norms = [_norm_of_example(target, weight, calls, example, batch_size) for example in range(batch_size)]
+        return torch.stack(norms)
 
 
 def _norm_of_example(

@@ -32,6 +32,7 @@ from .config import FimConfig
 from .distributed import gathered, same_random_numbers
 from .estimator import FisherEstimator
 from .layer_types import TargetLayer, target_layer
+from .offloading import is_offloaded, onloaded
 from .rank_allocation import RankAllocation
 from .wrappers import are_sharded, unwrapped, without_wrappers
 
@@ -194,6 +195,7 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
         resolve_targets(model, config)
         with _presented_as(config, True):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
+            _put_on_devices(model, adapter_name, config)
         if not config.inference_mode:
             _watch(self, model, adapter_name, config.fim_config)
 
@@ -201,11 +203,23 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
     return watching_inject_adapter
 
 
+def _put_on_devices(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
+    """Make the adapters of offloaded layers anew. PEFT puts them on the meta device, without values."""
+    for layer in cast(Iterable[Any], adapter_layers(model, adapter_name).values()):
+        if not is_offloaded(layer.get_base_layer()):
+            continue
+        states = _states(layer, adapter_name, True)
+        _rebuild(layer, adapter_name, layer.r[adapter_name], layer.lora_alpha[adapter_name], config, None)
+        for state in states:
+            state.carry_over()
+
+
 def _watch(tuner: LoraModel, model: nn.Module, adapter_name: str, fim_config: FimConfig) -> None:
     estimator = FisherEstimator(adapter_layers(model, adapter_name), fim_config.fim_calibration_batches)
     forget_estimator(model, adapter_name)  # of an adapter of that name that was unloaded
     # Some PeftModels call the tuner, and it the `forward` of the model; others call the model itself.
     estimator.attach(tuner, model)
+    torch.compiler.reset()  # code compiled before would not know of the hooks
     model.__dict__.setdefault(_ESTIMATORS, {})[adapter_name] = estimator
 
 
@@ -436,6 +450,7 @@ def forget_estimator(model: nn.Module, adapter_name: str) -> None:
         estimators = module.__dict__.get(_ESTIMATORS, {})
         if adapter_name in estimators:
             estimators.pop(adapter_name).detach()
+            torch.compiler.reset()  # code compiled before would go on with the hooks
             if not estimators:
                 del module.__dict__[_ESTIMATORS]
 
@@ -472,6 +487,7 @@ def apply_allocation(
     if dropped:
         _require_droppable(model, adapter_name, dropped, set(layers) - set(dropped), new_config)
     kept = {name: layer for name, layer in layers.items() if name not in dropped}
+    _require_weights_at_hand(kept, new_config.init_lora_weights)
     before = {name: _states(layer, adapter_name, new_config.init_lora_weights) for name, layer in kept.items()}
 
     def rebuild() -> None:
@@ -508,7 +524,9 @@ def _rebuild(
     if a is not None:
         config = copy.copy(config)
         config.init_lora_weights = "eva"  # PEFT's name for: B is zero, and A comes
-    layer.update_layer(adapter_name, rank, lora_alpha=alpha, **_update_arguments(layer, config))
+    # PEFT puts the adapter where the base weight is.
+    with onloaded(layer.get_base_layer()):
+        layer.update_layer(adapter_name, rank, lora_alpha=alpha, **_update_arguments(layer, config))
     if a is not None:
         weight = layer.lora_A[adapter_name].weight
         weight.data = a.to(device=weight.device, dtype=weight.dtype).contiguous()
@@ -555,6 +573,9 @@ class _LayerState:
             if old is None or old is parameter or old.device.type == "meta":
                 continue
             old.grad = None
+            # A graph of before, such as that of a loss still in scope, keeps the node that accumulates the gradient,
+            # which knows the old shape. PyTorch makes a new one only if the dtype changes.
+            old.data = old.data.new_empty(0, dtype=torch.complex64)
             old.data = parameter.data
             owner, _, attribute = name.rpartition(".")
             setattr(self.layer.get_submodule(owner), attribute, old)
@@ -580,9 +601,23 @@ class _LayerState:
         return [(name, value) for name, value in named if name.partition(".")[0] != "base_layer"]
 
 
+def _require_weights_at_hand(layers: Mapping[str, LoraLayer], init_lora_weights: bool | str) -> None:
+    """What is changed in an offloaded weight is lost."""
+    offloaded = [name for name, layer in layers.items() if is_offloaded(layer.get_base_layer())]
+    if offloaded and _changes_weight(init_lora_weights):
+        raise ValueError(
+            f"init_lora_weights={init_lora_weights!r} changes the base weight, but that of layer {offloaded[0]!r} is "
+            "offloaded: load the model without offloading, or choose another initialisation."
+        )
+
+
+def _changes_weight(init_lora_weights: bool | str) -> bool:
+    return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
+
+
 def _weight_before(layer: Any, init_lora_weights: bool | str) -> torch.Tensor | None:
     """The base weight, if the initialisation takes the adapter out of it."""
-    if not isinstance(init_lora_weights, str) or not init_lora_weights.startswith(("pissa", "olora")):
+    if not _changes_weight(init_lora_weights):
         return None
     weight = getattr(layer.get_base_layer(), "weight", None)
     if weight is None:
