@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+# What `nn.ModuleList` calls its modules; two of them are never one number.
+_DEPTH = re.compile("0|[1-9][0-9]{0,8}")
+# A model of a thousand blocks of two hundred layers. Names made to fill memory can be a row and a column each.
+_MAX_CELLS = 200_000
 
 
 @dataclass
@@ -35,6 +41,9 @@ def layer_grids(names: Mapping[str, object]) -> list[LayerGrid]:
 
     Returns:
         The grids, in the order in which their stacks appear.
+
+    Raises:
+        ValueError: If a grid would have more than 200,000 cells, nearly all of them empty.
     """
     grids: dict[str, LayerGrid] = {}
     for name in names:
@@ -49,6 +58,11 @@ def layer_grids(names: Mapping[str, object]) -> list[LayerGrid]:
         grid.cells = {(depth, labels[kind]): name for (depth, kind), name in grid.cells.items()}
         depths = {depth for depth, _ in grid.cells}
         grid.depths = sorted(depths, key=lambda depth: -1 if depth is None else depth)
+        if len(grid.depths) * len(grid.kinds) > _MAX_CELLS:
+            raise ValueError(
+                f"The layers of {grid.stack!r} would make a table of {len(grid.depths)} × {len(grid.kinds)} cells, "
+                "too large to show: export the allocation as csv."
+            )
     return list(grids.values())
 
 
@@ -77,7 +91,7 @@ def _format(grid: LayerGrid, values: Mapping[str, object]) -> str:
 def _split(name: str) -> tuple[str, int | None, str]:
     parts = name.split(".")
     for position, part in enumerate(parts[:-1]):
-        if part.isdecimal():
+        if _DEPTH.fullmatch(part):
             return ".".join(parts[:position]), int(part), ".".join(parts[position + 1 :])
     return "", None, name
 

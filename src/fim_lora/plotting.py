@@ -46,7 +46,7 @@ def draw_rank_map(allocation: RankAllocation, path: str | PathLike[str]) -> None
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If there are no layers, or the suffix is no known format.
+        ValueError: If there are no layers, their names make too large a table, or the suffix is no known format.
     """
     grids = layer_grids(allocation.ranks)
     if not grids:
@@ -80,7 +80,8 @@ def _figure(grids: Sequence[LayerGrid], allocation: RankAllocation) -> Figure:
         axes = add_axes(x, top, len(grid.kinds) * _CELL_WIDTH, len(grid.depths) * _CELL_HEIGHT)
         _draw_panel(axes, grid, allocation, norm)
         title_y = 1 - (_TITLE_HEIGHT + 0.12) / height
-        figure.text(x / width, title_y, grid.stack or "other layers", fontsize=_FONT_SIZE + 1, weight="bold", va="top")
+        stack = _literal(grid.stack) or "other layers"
+        figure.text(x / width, title_y, stack, fontsize=_FONT_SIZE + 1, weight="bold", va="top")
         x += panel_width + _PANEL_GAP
     x += _COLOUR_BAR_GAP - _PANEL_GAP
     bar_height = min(panel_height, _COLOUR_BAR_HEIGHT)
@@ -121,7 +122,8 @@ def _draw_panel(axes: Axes, grid: LayerGrid, allocation: RankAllocation, norm: N
         )
     axes.invert_yaxis()
     axes.xaxis.tick_top()
-    axes.set_xticks(np.arange(len(grid.kinds)) + 0.5, grid.kinds, rotation=90, fontsize=_FONT_SIZE)
+    kinds = [_literal(kind) for kind in grid.kinds]
+    axes.set_xticks(np.arange(len(grid.kinds)) + 0.5, kinds, rotation=90, fontsize=_FONT_SIZE)
     depths = ["–" if depth is None else str(depth) for depth in grid.depths]
     axes.set_yticks(np.arange(len(grid.depths)) + 0.5, depths, fontsize=_FONT_SIZE)
     if grid.depths != [None]:
@@ -188,4 +190,10 @@ def _panel_width(grid: LayerGrid) -> float:
 def _text_width(text: str, size: float = _FONT_SIZE, weight: str = "normal") -> float:
     if not text:
         return 0.0
-    return float(TextPath((0, 0), text, size=size, prop=FontProperties(weight=weight)).get_extents().width) / 72
+    path = TextPath((0, 0), _literal(text), size=size, prop=FontProperties(weight=weight))
+    return float(path.get_extents().width) / 72
+
+
+def _literal(text: str) -> str:
+    """The text for matplotlib, which takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")

@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from .allocation import allocate_ranks, budget_of
 from .config import FimConfig
-from .json_files import InvalidFileError, read_json, write_json
+from .json_files import InvalidFileError, boolean, integer, number, read_json, write_json
 from .layer_grid import format_grid
 from .patterns import Value, resolve_pattern, write_pattern, write_targets
 from .scores import FimScores
@@ -242,24 +242,22 @@ class RankAllocation:
             ValueError: If a value is out of its range, or layers are missing.
         """
         scores = FimScores.from_dict(content["scores"])
-        ranks = {name: int(rank) for name, rank in content["ranks"].items()}
-        alphas = {name: _integer_if_whole(float(alpha)) for name, alpha in content["alphas"].items()}
+        ranks = {name: integer(rank, 0) for name, rank in content["ranks"].items()}
+        alphas = {name: _integer_if_whole(number(alpha)) for name, alpha in content["alphas"].items()}
         if not set(ranks) == set(alphas) == set(scores):
             raise ValueError("ranks, alphas and scores name different layers")
-        if min(ranks.values(), default=0) < 0:
-            raise ValueError("a rank is negative")
-        if not all(math.isfinite(alpha) for alpha in alphas.values()):
-            raise ValueError("an alpha is not finite")
+        if not ranks:
+            raise ValueError("there are no layers")
         return cls(
             ranks=ranks,
             alphas=alphas,
             scores=scores,
             fim_config=FimConfig(**content["fim_config"]),
-            r=int(content["r"]),
-            lora_alpha=_integer_if_whole(float(content["lora_alpha"])),
-            use_rslora=bool(content["use_rslora"]),
-            budget=int(content["budget"]),
-            budget_used=int(content["budget_used"]),
+            r=integer(content["r"], 1),
+            lora_alpha=_integer_if_whole(number(content["lora_alpha"])),
+            use_rslora=boolean(content["use_rslora"]),
+            budget=integer(content["budget"], 0),
+            budget_used=integer(content["budget_used"], 0),
         )
 
     def save(self, path: str | PathLike[str], **provenance: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, cast
 
-from .json_files import InvalidFileError, read_json, write_json
+from .json_files import InvalidFileError, integer, layer_name, number, read_json, write_json
 
 SCHEMA_VERSION = 1
 
@@ -136,8 +136,8 @@ class FimScores(Mapping[str, LayerScore]):
             TypeError: If something has the wrong type.
             ValueError: If a value is out of its range.
         """
-        layers = {name: _layer_from_dict(score) for name, score in content["layers"].items()}
-        return cls(layers, int(content["num_batches"]), int(content["num_skipped_batches"]))
+        layers = {layer_name(name): _layer_from_dict(score) for name, score in content["layers"].items()}
+        return cls(layers, integer(content["num_batches"], 0), integer(content["num_skipped_batches"], 0))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the scores as JSON, completely or not at all.
@@ -174,10 +174,15 @@ class FimScores(Mapping[str, LayerScore]):
 def _layer_from_dict(content: Mapping[str, Any]) -> LayerScore:
     standard_error, parameters_per_rank = content["standard_error"], content.get("parameters_per_rank")
     return LayerScore(
-        mean=float(content["mean"]),
-        standard_error=None if standard_error is None else float(standard_error),
-        num_examples=int(content["num_examples"]),
-        shape=(int(content["shape"][0]), int(content["shape"][1])),
-        parameters_per_rank=None if parameters_per_rank is None else int(parameters_per_rank),
-        rank_step=int(content.get("rank_step", 1)),
+        mean=number(content["mean"]),
+        standard_error=None if standard_error is None else number(standard_error),
+        num_examples=integer(content["num_examples"], 0),
+        shape=_shape(content["shape"]),
+        parameters_per_rank=None if parameters_per_rank is None else integer(parameters_per_rank, 1),
+        rank_step=integer(content.get("rank_step", 1), 1),
     )
+
+
+def _shape(sizes: Any) -> tuple[int, int]:
+    d_out, d_in = sizes
+    return integer(d_out, 1), integer(d_in, 1)

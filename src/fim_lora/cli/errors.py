@@ -53,7 +53,7 @@ def warn(message: str) -> None:
     Args:
         message: What to say.
     """
-    print(f"fim-lora: warning: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fim-lora: warning: {_printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def describe(error: BaseException) -> str:
@@ -121,10 +121,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _shortened(message: str) -> str:
-    """One line; of a very long message the first line that says something."""
-    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
+    """One line; of a very long message the first line that says something. What a terminal would obey is escaped."""
+    lines = [_printable(" ".join(line.split())) for line in message.splitlines() if line.strip()]
     whole = " ".join(lines)
     if len(whole) <= _MAX_MESSAGE_LENGTH:
         return whole
     first = lines[0]
     return first if len(first) <= _MAX_MESSAGE_LENGTH else f"{first[:_MAX_MESSAGE_LENGTH]}…"
+
+
+def _printable(line: str) -> str:
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)

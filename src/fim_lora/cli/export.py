@@ -12,6 +12,8 @@ from ..rank_allocation import RankAllocation, verify_patterns
 from .errors import CommandError
 from .output import ADAPTER_CONFIG, ALLOCATION
 
+_RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+
 
 def export_folder(folder: Path, file_format: str, serving: bool) -> str:
     """Read what `fim-lora allocate` wrote, and say it in another format.
@@ -39,15 +41,16 @@ def export_folder(folder: Path, file_format: str, serving: bool) -> str:
 def _base_config(folder: Path, allocation: RankAllocation) -> LoraConfig:
     """The config that the ranks were allocated with, but for its patterns."""
     written = _read_adapter_config(folder)
-    try:
-        verify_patterns(written, allocation)
-    except RuntimeError as error:
-        raise _not_together(folder) from error
     if written.use_rslora != allocation.use_rslora:
         raise _not_together(folder)
     config = copy.copy(written)
     # A config for servers has others.
     config.r, config.lora_alpha = allocation.r, allocation.lora_alpha
+    serving = (written.r, written.lora_alpha) != (allocation.r, allocation.lora_alpha)
+    # Compared as they stand: the keys are regular expressions, and those of a stranger may take forever.
+    meant = allocation.to_lora_config(config, serving=serving)
+    if any(getattr(written, field) != getattr(meant, field) for field in _RANK_FIELDS):
+        raise _not_together(folder)
     return config
 
 
@@ -58,7 +61,7 @@ def _read_adapter_config(folder: Path) -> LoraConfig:
         raise CommandError(f"{path}: no such file, but fim-lora allocate writes one: allocate again.")
     try:
         config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CommandError(f"{path} cannot be read as an adapter config: {error}. Allocate again.") from error
     if not isinstance(config, LoraConfig):
         raise CommandError(f"{path} is no LoRA config, but one of {type(config).__name__}: allocate again.")
