@@ -398,7 +398,7 @@ def test_a_batch_that_overflows_is_left_out(dtype):
     batches = lm_batches(3)
     model = fim_model(llama(1), batches=3)
     scaled_loop(model, batches, dtype, 2.0**10, overflow={1})
-    with pytest.warns(UserWarning, match="1 of 3 calibration batches had gradients that are not finite"):
+    with pytest.warns(UserWarning, match="1 of 3 calibration batches had a loss or gradients that are not finite"):
         allocation = initialize_lora_fim_ranks(model)
     assert (allocation.num_batches, allocation.scores.num_skipped_batches, allocation.num_examples) == (3, 1, 8)
 

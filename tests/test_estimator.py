@@ -334,7 +334,7 @@ def test_batches_that_are_not_finite_are_left_out_and_reported():
         scores = run([good[0], bad, good[1]])
     assert (scores.num_batches, scores.num_skipped_batches, scores[names[0]].num_examples) == (3, 1, 6)
     assert scores["layer"] == run(good)["layer"]
-    with pytest.raises(RuntimeError, match="All 2 calibration batches had gradients that are not finite"):
+    with pytest.raises(RuntimeError, match="All 2 calibration batches had a loss or gradients that are not finite"):
         run([bad, bad])
 
 

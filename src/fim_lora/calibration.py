@@ -90,7 +90,9 @@ def calibrate(
         rows = batch_size_of(batch, getattr(model, "main_input_name", None))
         size = None if rows is None else rows // sequences_per_example
         with estimator.batch(size, sequences_per_example, counts):
-            loss_of(forward_fn(model, batch)).backward()
+            loss = loss_of(forward_fn(model, batch))
+            estimator.note_loss(loss)
+            loss.backward()
 
     with (
         frozen_in_eval_mode(model),

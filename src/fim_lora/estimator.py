@@ -104,6 +104,16 @@ class FisherEstimator:
         if self._pass is before:
             self._finish_batch()
 
+    def note_loss(self, loss: Tensor) -> None:
+        """Before its backward pass: a loss that is not finite makes the batch unusable, whatever its gradients are.
+
+        A mean over no tokens is NaN in PyTorch, but has gradients of zero.
+
+        Args:
+            loss: The loss, one element.
+        """
+        self._pass.loss = loss.detach().reshape(1)
+
     def _start_forward(self, batch_size: int | None) -> None:
         """A forward pass of the whole model begins. Several before one backward pass make one batch."""
         self._close_pass()
@@ -121,7 +131,8 @@ class FisherEstimator:
     def _finish_batch(self) -> None:
         """Take the gradients of this pass into the running sums.
 
-        A batch in which a gradient is not finite (overflow in float16) is counted and left out, for all layers.
+        A batch in which the loss or a gradient is not finite (overflow in float16) is counted and left out, for all
+        layers.
         """
         finished, self._pass = self._pass, _Pass()
         if not finished.counts:
@@ -238,11 +249,12 @@ class FisherEstimator:
     def _accumulate(self, finished: _Pass) -> None:
         names = list(finished.norms)
         lengths = [len(finished.norms[name]) for name in names]
-        values = _to_host([finished.norms[name] for name in names])
+        losses = [] if finished.loss is None else [finished.loss]
+        values = _to_host([*(finished.norms[name] for name in names), *losses])
         if not np.isfinite(values).all():
             self._sums.num_skipped_batches += 1
             return
-        by_name = dict(zip(names, np.split(values, np.cumsum(lengths)[:-1]), strict=True)) if names else {}
+        by_name = dict(zip(names, np.split(values, np.cumsum(lengths))[: len(names)], strict=True))
         self._sums.add(by_name, finished.batch_size or max(lengths, default=1))
 
 
@@ -260,6 +272,7 @@ class _Pass:
         outstanding: Calls whose gradient has not come.
         has_gradients: Whether the backward pass has begun.
         running: Runs of autograd that have begun and not ended.
+        loss: The loss (1), if known.
     """
 
     batch_size: int | None = None
@@ -271,6 +284,7 @@ class _Pass:
     outstanding: int = 0
     has_gradients: bool = False
     running: set[int] = field(default_factory=set)
+    loss: Tensor | None = None
 
     def note_backward(self) -> None:
         """Note this run of autograd until it has ended. One that raises never ends."""

@@ -32,7 +32,7 @@ class FisherSums:
     Attributes:
         moments: Layer name to the moments of `‖G_t‖²_F`.
         num_batches: Batches seen.
-        num_skipped_batches: Batches left out, because a gradient was not finite.
+        num_skipped_batches: Batches left out, because the loss or a gradient was not finite.
         reached: Layers that took part in a loss.
         unattributed: Layers whose rows belonged to no example in some batch.
     """
@@ -112,8 +112,9 @@ class FisherSums:
             raise RuntimeError(NO_BATCH_SEEN)
         if self.num_batches == self.num_skipped_batches:
             raise RuntimeError(
-                f"All {self.num_batches} calibration batches had gradients that are not finite: calibrate in "
-                "bfloat16 or float32, scale the loss down, or look for NaN in the data."
+                f"All {self.num_batches} calibration batches had a loss or gradients that are not finite: calibrate "
+                "in bfloat16 or float32, scale the loss down, or look for NaN and for batches without labels in the "
+                "data."
             )
         scores = {name: self._score(name, layer) for name, layer in layers.items()}
         if all(score.mean == 0 for score in scores.values()):
@@ -136,8 +137,9 @@ class FisherSums:
     def _warn(self, layers: Mapping[str, TargetLayer]) -> None:
         if self.num_skipped_batches:
             warnings.warn(
-                f"{self.num_skipped_batches} of {self.num_batches} calibration batches had gradients that are not "
-                "finite and were left out: calibrate in bfloat16 or float32 to use them all.",
+                f"{self.num_skipped_batches} of {self.num_batches} calibration batches had a loss or gradients that "
+                "are not finite, and were left out: calibrate in bfloat16 or float32, and leave out batches without "
+                "labels, to use them all.",
                 stacklevel=5,
             )
         if self.unattributed:

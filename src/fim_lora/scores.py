@@ -60,7 +60,7 @@ class FimScores(Mapping[str, LayerScore]):
     Args:
         layers: The scores by layer name.
         num_batches: Calibration batches that went into them.
-        num_skipped_batches: Batches left out because a gradient was not finite.
+        num_skipped_batches: Batches left out because the loss or a gradient was not finite.
     """
 
     def __init__(self, layers: Mapping[str, LayerScore], num_batches: int = 0, num_skipped_batches: int = 0) -> None:
