@@ -32,7 +32,7 @@ test-oldest-peft: $(STAMPS)/test $(QUANTISED) $(VENV)/peft-$(OLDEST_PEFT) $(VENV
 	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/test_peft_integration.py \
 		tests/test_initialization.py tests/test_stock_peft.py tests/test_rank_allocation.py tests/test_layer_types.py \
 		tests/test_lora_initialisations.py tests/test_lora_variants.py tests/test_rank_zero.py tests/test_rank_zero_more.py \
-		tests/test_after_training.py
+		tests/test_after_training.py tests/test_faults.py
 	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT):$(VENV)/torchao-$(OLDEST_TORCHAO):$(QUANTISED) $(BIN)/python -m pytest \
 		tests/test_quantised.py
 
