@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from cli_inputs import texts, word_tokenizer
 from fim_lora import FimConfig, InvalidFileError, RankAllocation, initialize_lora_fim_ranks_for_trainer
@@ -19,7 +19,7 @@ from tiny_models import llama, names_of, per_example_scores, token_batch
 os.environ["HF_HUB_OFFLINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 NUM_EXAMPLES = 8
@@ -159,6 +159,38 @@ def log_probability(model, row, completion):
     ids = torch.tensor([prompt + rest])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
     return -F.cross_entropy(logits, torch.tensor(rest), reduction="sum")
+
+
+def test_an_example_of_a_reward_model_is_a_pair(tmp_path):
+    torch.manual_seed(3)
+    model_config = llama().config
+    model_config.num_labels = 1
+    words = texts(2 * NUM_EXAMPLES, 6)
+    rejected = [text[: 4 + 3 * (i % 3)].rstrip() for i, text in enumerate(words[NUM_EXAMPLES:])]
+    lora_config = config()
+    lora_config.task_type = "SEQ_CLS"
+    trainer = RewardTrainer(
+        model=LlamaForSequenceClassification(model_config),
+        args=arguments(tmp_path, RewardConfig, bf16=False, gradient_checkpointing=False),
+        train_dataset=Dataset.from_dict({"chosen": words[:NUM_EXAMPLES], "rejected": rejected}),
+        processing_class=word_tokenizer(),
+        peft_config=lora_config,
+    )
+    rows = list(trainer.train_dataset)
+    allocation = allocate(trainer)
+
+    # B is zero, so the adapted model is the base model with the head that is trained.
+    model = trainer.model.double().eval()
+    weights = {name: model.base_model.model.get_submodule(name).base_layer.weight for name in allocation.scores}
+    truth = {name: [] for name in weights}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for row in rows:
+        rewards = [model(input_ids=torch.tensor([row[kind]])).logits.sum() for kind in ("chosen_ids", "rejected_ids")]
+        gradients = torch.autograd.grad(-F.logsigmoid(rewards[0] - rewards[1]), list(weights.values()))
+        for name, gradient in zip(weights, gradients, strict=True):
+            truth[name].append(gradient.square().mean().item())
+    assert_scores_are(allocation, {name: torch.tensor(values) for name, values in truth.items()})
 
 
 def test_bfloat16_of_the_trainer_is_that_of_the_calibration(tmp_path):
