@@ -14,6 +14,8 @@ QUANTISED := $(VENV)/quantised
 # Apart, too, because Accelerate behaves otherwise where it is installed.
 DEEPSPEED := $(VENV)/deepspeed
 DEMO := demo-output
+# One thread and one file of tests at a time for each processor: the models of the tests are too small for more threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .PHONY: demo test test-oldest-peft lint types clean
 
@@ -24,12 +26,12 @@ demo: $(STAMPS)/demo
 	$(BIN)/python examples/train_with_stock_peft.py $(DEMO)/adapter $(DEMO)/docstrings.jsonl
 
 test: $(STAMPS)/test $(QUANTISED) $(DEEPSPEED)
-	$(BIN)/python -m pytest --ignore tests/test_quantised.py --ignore tests/test_zero3.py
+	$(PYTEST) --ignore tests/test_quantised.py --ignore tests/test_zero3.py
 	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/test_quantised.py
 	PYTHONPATH=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest tests/test_zero3.py
 
 test-oldest-peft: $(STAMPS)/test $(QUANTISED) $(VENV)/peft-$(OLDEST_PEFT) $(VENV)/torchao-$(OLDEST_TORCHAO)
-	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT) $(BIN)/python -m pytest tests/test_peft_integration.py \
+	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT) $(PYTEST) tests/test_peft_integration.py \
 		tests/test_initialization.py tests/test_stock_peft.py tests/test_rank_allocation.py tests/test_layer_types.py \
 		tests/test_lora_initialisations.py tests/test_lora_variants.py tests/test_rank_zero.py tests/test_rank_zero_more.py \
 		tests/test_after_training.py tests/test_faults.py

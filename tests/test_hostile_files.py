@@ -175,7 +175,8 @@ def test_changed_values_and_names(kind, texts, place, data):
         if isinstance(parent, dict) and data.draw(st.booleans()):
             parent[data.draw(st.sampled_from(HOSTILE_NAMES))] = parent.pop(last)
         else:
-            parent[last] = data.draw(HOSTILE_VALUES)
+            # A copy, because the next change may be inside of it.
+            parent[last] = copy.deepcopy(data.draw(HOSTILE_VALUES))
     require_error_or_sound_object(kind, json.dumps(content).encode(), place)
 
 
