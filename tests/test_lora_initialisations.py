@@ -12,7 +12,7 @@ from fim_lora import FimConfig, RankAllocation, allocate_ranks, get_fim_scores, 
 from fim_lora.calibration import forward_fn_default
 from test_initialization import fim_lora_config, fim_model, logits, randomise
 from test_stock_peft import stock
-from tiny_models import gpt2, llama, lm_batches, token_batch
+from tiny_models import bert, class_batch, gpt2, llama, lm_batches, token_batch
 
 INITIALISATIONS = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_8", "olora", "eva"]
 FROM_BASE_WEIGHT = ["pissa", "pissa_niter_8", "olora"]
@@ -143,6 +143,22 @@ def test_eva_gives_only_directions(batch_type):
         assert not layer.lora_B["default"].weight.any()
     shared = [allocation.ranks[f"model.layers.0.self_attn.{kind}_proj"] for kind in "qv"]
     assert shared[0] != shared[1]
+
+
+@pytest.mark.parametrize("length", [20, 24])
+def test_eva_of_batches_whose_label_is_a_class(length):
+    # With as many tokens as examples PEFT would take the classes for a mask, in silence.
+    batches = [class_batch(24, length, seed=seed) for seed in range(3)]
+    model = fim_model(bert(), target_modules=("query", "value"), init_lora_weights="eva", task_type="SEQ_CLS")
+    allocation = initialize_lora_fim_ranks(model, batches, show_progress_bar=False)
+    most = max(allocation.ranks.values())
+    config = fim_lora_config(most, target_modules=("query", "value"), task_type="SEQ_CLS")
+    config.init_lora_weights, config.fim_config = "eva", None
+    config.eva_config = EvaConfig(rho=1.0, use_label_mask=False)
+    truth = get_eva_state_dict(bert().eval(), batches, config, show_progress_bar=False)
+    for name, layer in lora_layers(model).items():
+        expected = truth[name][: allocation.ranks[name]].to(torch.float32)
+        torch.testing.assert_close(layer.lora_A["default"].weight, expected)
 
 
 def test_eva_with_given_scores_and_a_layer_that_it_does_not_know():

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict
 from peft.tuners.lora.eva import (
     _Hook,
@@ -76,9 +75,15 @@ def eva_directions(
     sizes = {name: _input_size(model, name, most) for name in ranks}
     config = copy.copy(config)
     config.r, config.rank_pattern = most, write_pattern(sizes, most)
-    config.eva_config = dataclasses.replace(config.eva_config or EvaConfig(), rho=1.0)
     batches = _DictBatches(dataloader)
-    is_text = batches.hold_input_ids()
+    first: Any = next(iter(batches), None)
+    ids, labels = (first.get("input_ids"), first.get("labels")) if isinstance(first, dict) else (None, None)
+    is_text = isinstance(ids, Tensor)
+    eva_config = config.eva_config or EvaConfig()
+    # EVA takes tokens without a label for padding; the label of a class belongs to no token.
+    has_mask = isinstance(ids, Tensor) and isinstance(labels, Tensor) and labels.shape == ids.shape
+    use_mask = eva_config.use_label_mask and has_mask
+    config.eva_config = dataclasses.replace(eva_config, rho=1.0, use_label_mask=use_mask)
     with _without_leftover_hooks(model):
         directions = get_eva_state_dict(
             model,
@@ -112,10 +117,6 @@ class _DictBatches:
     def __iter__(self) -> Iterator[Any]:
         for batch in self._dataloader:
             yield dict(batch) if isinstance(batch, Mapping) else batch
-
-    def hold_input_ids(self) -> bool:
-        first = next(iter(self), None)
-        return isinstance(first, dict) and isinstance(first.get("input_ids"), torch.Tensor)
 
 
 @contextmanager
