@@ -355,6 +355,7 @@ def failures_before_the_allocation(rank):
         error_of(lambda: initialize(model, [])),
         error_of(lambda: initialize(model)),
         error_of(lambda: initialize(model, fim_scores={name: 1.0 + rank * i for i, name in enumerate(names())})),
+        error_of(lambda: initialize(model, fim_scores=dict.fromkeys(names()[rank:], 1.0))),
     ]
     assert state_of(model) == before
     # Nobody waits for anybody, and nobody is a turn behind.

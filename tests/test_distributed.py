@@ -181,7 +181,7 @@ def test_layers_that_are_split_are_refused(results):
 
 def test_no_process_waits_for_one_that_failed(results, alone):
     first, second = outcome(results, "failures_before_the_allocation")
-    data, memory, empty, unseen, different = second["errors"]
+    data, memory, empty, unseen, different, missing = second["errors"]
     assert data == "OSError: the disk of process 1 is gone"
     assert memory == "OutOfMemoryError: out of memory in process 1"
     assert first["errors"][0] == f"RuntimeError: Process 1 failed, so all stop. Its error: {data}"
@@ -191,6 +191,8 @@ def test_no_process_waits_for_one_that_failed(results, alone):
     assert "No calibration batch was seen" in unseen
     assert "same `fim_scores`" in first["errors"][4]
     assert "same `fim_scores`" in different
+    assert "lacks 1 of 6 target layers" in missing
+    assert first["errors"][5] == f"RuntimeError: Process 1 failed, so all stop. Its error: {missing}"
     assert first["weights"] == second["weights"]
     assert_same_scores(first["scores"], alone)
 

@@ -298,6 +298,39 @@ def test_rows_that_belong_to_nobody_count_as_one_example():
     assert scores["layer"].standard_error is None
 
 
+class Routed(nn.Module):
+    """Some rows of some batches reach an expert, in an order that says nothing of their examples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x, rows):
+        y = x.reshape(-1, 4)
+        if rows:
+            y = torch.cat([self.expert(y[:rows]), y[rows:]])
+        return self.head(y.reshape(x.shape)).square().sum() / len(x)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_batch_weighs_as_much_as_its_examples_also_where_rows_belong_to_nobody(first):
+    x = torch.randn(4, 5, 4)
+
+    def expert_of(*rows):
+        model = Routed()
+        batches = [(x, number) for number in rows]
+        with pytest.warns(UserWarning, match="could not be attributed"):
+            return scores_of(model, batches, ["expert", "head"], forward_fn=lambda m, b: m(*b))["expert"].mean
+
+    always = expert_of(7, 7)
+    # Half of the examples have no gradient there.
+    assert expert_of(*[(7, 0), (0, 7)][first]) == pytest.approx(always / 2, rel=1e-6)
+    # All rows of a batch belong to somebody: exact there, and both batches weigh the same.
+    exact = scores_of(Routed(), [(x, 20)], ["expert", "head"], forward_fn=lambda m, b: m(*b))["expert"].mean
+    assert expert_of(*[(7, 20), (20, 7)][first]) == pytest.approx((always + exact) / 2, rel=1e-6)
+
+
 def test_rule_of_rows():
     x, g = torch.randn(6, 2), torch.randn(6, 3)
     assert by_example(x, g, 6)[0] is x

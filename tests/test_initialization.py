@@ -592,6 +592,43 @@ def test_an_adapter_unloaded_before_its_allocation_leaves_no_hooks_to_the_next()
     assert not any(name.startswith("_fim") for module in model.modules() for name in vars(module))
 
 
+def test_a_calibration_of_one_adapter_is_none_of_another_that_waits():
+    model = fim_model()
+    model.add_adapter("other", fim_lora_config())
+    initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="No calibration batch was seen"):
+        initialize_lora_fim_ranks(model, adapter_name="other")
+    assert state_of(model) == before
+    run_own_loop(model)
+    by_own_loop = initialize_lora_fim_ranks(model, adapter_name="other").scores
+    expected = get_fim_scores(llama(), lm_batches(), fim_lora_config(), show_progress_bar=False)
+    for name, score in expected.items():
+        assert by_own_loop[name].mean == pytest.approx(score.mean, rel=1e-5)
+
+
+def test_two_adapters_of_one_config_object_are_refused():
+    # As TRL's DPOTrainer makes its reference of a PeftModel.
+    model = fim_model()
+    model.add_adapter("ref", model.peft_config["default"])
+    before = state_of(model)
+    with pytest.raises(ValueError, match="'ref' was made from the same config object as 'default'"):
+        initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("order", ["compiled outside", "compiled inside"])
+def test_a_compiled_data_parallel_model_has_the_names_of_the_model(order):
+    # Compilation begins with the first call, which force_eager leaves out.
+    base = llama()
+    wrapped = {
+        "compiled outside": lambda: torch.compile(nn.DataParallel(base)),
+        "compiled inside": lambda: nn.DataParallel(torch.compile(base)),
+    }[order]()
+    scores = get_fim_scores(wrapped, lm_batches(), fim_lora_config(), show_progress_bar=False)
+    assert scores == get_fim_scores(llama(), lm_batches(), fim_lora_config(), show_progress_bar=False)
+
+
 def test_batches_of_tokenizers():
     batches = [BatchEncoding(batch) for batch in lm_batches()]
     by_encoding = initialize_lora_fim_ranks(fim_model(), batches, show_progress_bar=False)

@@ -88,6 +88,20 @@ def test_invalid_layer_scores(arguments, message):
         LayerScore(*arguments)
 
 
+@given(st.lists(st.tuples(st.floats(0, 1e3), st.integers(1, 9)), min_size=2, max_size=9), st.integers(0, 9))
+def test_running_moments_with_weights(pairs, split):
+    values, weights = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    parts = [RunningMoments(), RunningMoments()]
+    for place, (value, weight) in enumerate(pairs):
+        parts[place < split].add(np.array([value]), weight)
+    moments = RunningMoments.merged(parts)
+    mean = np.average(values, weights=weights)
+    assert moments.mean == pytest.approx(mean, abs=1e-9)
+    count = len(values)
+    expected = math.sqrt(count / (count - 1) * np.sum(weights**2 * (values - mean) ** 2)) / weights.sum()
+    assert moments.standard_error == pytest.approx(expected, rel=1e-6, abs=1e-5)
+
+
 @given(st.lists(st.lists(st.floats(0, 1e6), min_size=1, max_size=9), min_size=1, max_size=9))
 def test_running_moments_equal_those_of_all_values(batches):
     moments = RunningMoments()

@@ -238,6 +238,21 @@ def test_resuming_ends_where_an_uninterrupted_run_ends(tmp_path, make, last):
     torch.testing.assert_close(adapter_weights(resumed.model), adapter_weights(whole.model))
 
 
+def test_resuming_from_the_checkpoint_of_another_folder(tmp_path):
+    first = plain_trainer(tmp_path / "first")
+    allocation = allocate(first)
+    first.train()
+    written = (tmp_path / "first" / "fim_allocation.json").read_bytes()
+    checkpoint = str(tmp_path / "first" / "checkpoint-2")
+    second = plain_trainer(tmp_path / "second", max_steps=6)
+    allocate(second, resume_from_checkpoint=checkpoint)
+    second.train(resume_from_checkpoint=checkpoint)
+    assert (tmp_path / "first" / "fim_allocation.json").read_bytes() == written
+    # The second folder can be resumed from by itself.
+    third = plain_trainer(tmp_path / "second", max_steps=8)
+    assert allocate(third, resume_from_checkpoint=True).ranks == allocation.ranks
+
+
 def test_resuming_with_another_config_is_refused(tmp_path):
     trainer = plain_trainer(tmp_path)
     allocate(trainer)

@@ -74,6 +74,24 @@ def gathered(function: Callable[[], T]) -> list[T]:
     return [answer for answer, _ in answers]
 
 
+def together(function: Callable[[], T]) -> T:
+    """Call a function in every process, each for itself. If it raises in one of them, all raise.
+
+    Args:
+        function: See `gathered`; its result may be anything.
+
+    Returns:
+        The result of this process.
+
+    Raises:
+        Exception: Whatever `function` raised in this process.
+        RuntimeError: If it raised in another one.
+    """
+    results: list[T] = []
+    gathered(lambda: results.append(function()))
+    return results[0]
+
+
 def in_step(dataloader: Iterable[Any], limit: int, with_stand_ins: bool) -> Iterator[tuple[Any, bool]]:
     """The batches of this process, with as many turns as the process with the most batches has.
 

@@ -34,8 +34,9 @@ Hook = TypeVar("Hook", bound=Callable[..., Any])
 class FisherEstimator:
     """Running eFIM of a set of layers, fed by hooks.
 
-    One backward pass is one calibration batch. A layer that is called several times before it (shared weights,
-    two forward passes into one loss) counts with the gradient of all its uses together. Calls under
+    One backward pass is one calibration batch, together with all forward passes since the one before: two of
+    them, each with a backward pass of its own, have to take turns. A layer that is called several times before it
+    (shared weights, two forward passes into one loss) counts with the gradient of all its uses together. Calls under
     `torch.no_grad` are taken for the first pass of reentrant gradient checkpointing, except in a pass of the whole
     model without gradients, which is an evaluation and leaves no trace.
 

@@ -88,13 +88,16 @@ class FisherSums:
         """Take in a batch.
 
         Args:
-            norms: Layer name to `‖G_t‖²_F` (B); a layer that is not in it had a gradient of zero.
+            norms: Layer name to `‖G_t‖²_F` (B), or to its mean over the examples (1) where rows belong to none; a
+                layer that is not in it had a gradient of zero.
             batch_size: Examples, B.
         """
         self.reached.update(norms)
         zeros = np.zeros(batch_size)
         for name, moments in self.moments.items():
-            moments.add(norms.get(name, zeros))
+            values = norms.get(name, zeros)
+            # Every batch weighs as much as its examples, also where it has one value for all of them.
+            moments.add(values, batch_size / len(values))
 
     def scores(self, layers: Mapping[str, TargetLayer]) -> FimScores:
         """The scores, with warnings of what the user can act on.

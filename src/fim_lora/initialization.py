@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .calibration import ForwardFn, calibrate, forward_fn_default, frozen_in_eval_mode
 from .config import FimConfig
-from .distributed import gathered
+from .distributed import gathered, together
 from .estimator import FisherEstimator
 from .eva_directions import eva_directions, require_eva
 from .fisher_sums import NO_BATCH_SEEN
@@ -81,31 +81,24 @@ def initialize_lora_fim_ranks(
         ValueError: If the adapter does not exist or does not await allocation; if both `dataloader` and
             `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds cannot be
             satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
-            initialisation for a layer, or could not load the adapter without the layers of rank 0.
-        RuntimeError: If no batch was seen, no batch had finite gradients, or the eFIM of every layer is zero.
+            initialisation for a layer, or could not load the adapter without the layers of rank 0; if the model is
+            wrapped, its adapter sharded, or its config object that of another adapter; if `fim_scores` differ between
+            processes; or if PiSSA or OLoRA would change an offloaded weight.
+        RuntimeError: If no batch was seen, no batch had finite gradients, the eFIM of every layer is zero, or another
+            process failed.
         TypeError: If a layer's class is not supported, the forward pass returns no loss, or PEFT cannot initialise a
             layer from a weight of its dtype.
     """
-    config = awaiting_config(model, adapter_name)
-    layers = adapter_layers(model, adapter_name)
-    require_resizable(model, layers)
+    config, layers, given = together(lambda: _checked(model, dataloader, fim_scores, adapter_name))
     with_eva = config.fim_config.init_lora_weights == "eva"
-    if with_eva:
-        require_eva(model, layers)
-    if with_eva and dataloader is None:
-        raise ValueError('init_lora_weights="eva" takes its directions from data: pass `dataloader`.')
-    if not with_eva and dataloader is not None and fim_scores is not None:
-        raise ValueError("Both `dataloader` and `fim_scores` were given: pass one of them.")
     own_loop = estimator_of(model, adapter_name)
 
-    if fim_scores is not None:
-        scores = _given_scores(fim_scores, layers)
+    if given is not None:
+        scores = given
     elif dataloader is not None:
-        scores = _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar, own_loop)
-    elif own_loop is None:
-        raise RuntimeError(NO_BATCH_SEEN)
+        scores = _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar)
     else:
-        scores = own_loop.scores()
+        scores = cast(FisherEstimator, own_loop).scores()
 
     allocation = RankAllocation.from_scores(scores, config)
     _require_same_ranks(allocation)
@@ -115,7 +108,7 @@ def initialize_lora_fim_ranks(
     verify_patterns(new_config, allocation)
     directions = None
     if with_eva:
-        with lora_layers_disabled(model, own_loop), frozen_in_eval_mode(model):
+        with lora_layers_disabled(model), frozen_in_eval_mode(model):
             directions = eva_directions(
                 model,
                 cast(Iterable[Any], dataloader),
@@ -128,6 +121,40 @@ def initialize_lora_fim_ranks(
     apply_allocation(model, adapter_name, allocation, new_config, directions)
     forget_estimator(model, adapter_name)
     return allocation
+
+
+def _checked(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None,
+    fim_scores: Mapping[str, LayerScore | float | Tensor] | None,
+    adapter_name: str,
+) -> tuple[LoraConfig, Mapping[str, LoraLayer], FimScores | None]:
+    """Config, layers and, if given, the scores; everything that can be refused before anything is run."""
+    config = awaiting_config(model, adapter_name)
+    _require_own_config(model, adapter_name, config)
+    layers = adapter_layers(model, adapter_name)
+    require_resizable(model, layers)
+    with_eva = config.fim_config.init_lora_weights == "eva"
+    if with_eva:
+        require_eva(model, layers)
+    if with_eva and dataloader is None:
+        raise ValueError('init_lora_weights="eva" takes its directions from data: pass `dataloader`.')
+    if not with_eva and dataloader is not None and fim_scores is not None:
+        raise ValueError("Both `dataloader` and `fim_scores` were given: pass one of them.")
+    if dataloader is None and fim_scores is None and estimator_of(model, adapter_name) is None:
+        raise RuntimeError(NO_BATCH_SEEN)
+    return config, layers, None if fim_scores is None else _given_scores(fim_scores, layers)
+
+
+def _require_own_config(model: Any, adapter_name: str, config: LoraConfig) -> None:
+    """The new ranks go into the config, and another adapter that holds the same object does not have them."""
+    for name, other in model.peft_config.items():
+        if other is config and name != adapter_name:
+            raise ValueError(
+                f"Adapter {name!r} was made from the same config object as {adapter_name!r}, which will hold the "
+                f"ranks of {adapter_name!r} only: add {name!r} after the allocation, or with a copy of the config. "
+                "TRL's DPOTrainer does this to a PeftModel: give it the plain model and the config as `peft_config`."
+            )
 
 
 def get_fim_scores(
@@ -157,15 +184,14 @@ def get_fim_scores(
         ValueError: If `peft_config` is missing, not a LoRA config or has `layer_replication` for a model without
             adapters; if the adapter does not exist or nothing is targeted; if the dataloader is empty or its
             batches give no usable loss.
-        RuntimeError: If no batch had finite gradients, or the eFIM of every layer is zero.
+        RuntimeError: If no batch had finite gradients, the eFIM of every layer is zero, or another process failed.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
     """
     model = without_engine(model)
     if hasattr(model, "peft_config"):
         config = peft_config or _lora_config(model, adapter_name)
         layers = adapter_layers(model, adapter_name)
-        own_loop = estimator_of(model, adapter_name)
-        return _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar, own_loop)
+        return _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar)
     if peft_config is None:
         raise ValueError("The model has no adapter: pass a LoraConfig as `peft_config` to say what to score.")
     if getattr(peft_config, "layer_replication", None):
@@ -184,9 +210,8 @@ def _scores_of_adapter(
     config: LoraConfig,
     forward_fn: ForwardFn | None,
     show_progress_bar: bool,
-    own_loop: FisherEstimator | None,
 ) -> FimScores:
-    with lora_layers_disabled(model, own_loop):
+    with lora_layers_disabled(model):
         return calibrate(model, layers, dataloader, _num_batches(config), forward_fn, show_progress_bar)
 
 
@@ -194,10 +219,10 @@ def _require_same_ranks(allocation: RankAllocation) -> None:
     """Only scores that were given can differ between processes; those from data are over the data of all."""
     for process, ranks in enumerate(gathered(lambda: allocation.ranks)):
         if ranks != allocation.ranks:
-            name = next(name for name, rank in allocation.ranks.items() if ranks.get(name) != rank)
+            name = min(name for name, _ in set(ranks.items()) ^ set(allocation.ranks.items()))
             raise ValueError(
                 f"Process {process} would give layer {name!r} rank {ranks.get(name)}, this one "
-                f"{allocation.ranks[name]}: pass the same `fim_scores` to every process."
+                f"{allocation.ranks.get(name)}: pass the same `fim_scores` to every process."
             )
 
 

@@ -393,24 +393,28 @@ def _skeleton(module: nn.Module, clones: dict[int, tuple[nn.Module, nn.Module]])
 
 
 @contextmanager
-def lora_layers_disabled(model: nn.Module, own_loop: FisherEstimator | None) -> Iterator[None]:
-    """The base model's output, and no hook of the own loop; afterwards everything is as before.
+def lora_layers_disabled(model: nn.Module) -> Iterator[None]:
+    """The base model's output, and no hook of an adapter that awaits its ranks; afterwards everything is as before.
 
     `modules_to_save` stay in use: what they have learned belongs to the loss.
 
     Args:
         model: The model.
-        own_loop: Estimator to pause, if there is one.
 
     Yields:
         Nothing.
     """
+    estimators = [
+        (estimator, estimator.paused)
+        for module in model.modules()
+        for estimator in module.__dict__.get(_ESTIMATORS, {}).values()
+    ]
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     disabled = [layer.disable_adapters for layer in layers]
     requires_grad = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     try:
-        if own_loop is not None:
-            own_loop.paused = True
+        for estimator, _ in estimators:
+            estimator.paused = True
         for layer in layers:
             layer.enable_adapters(False)
         yield
@@ -419,8 +423,8 @@ def lora_layers_disabled(model: nn.Module, own_loop: FisherEstimator | None) -> 
             layer.enable_adapters(not was_disabled)
         for parameter, needed in requires_grad:
             parameter.requires_grad_(needed)
-        if own_loop is not None:
-            own_loop.paused = False
+        for estimator, was_paused in estimators:
+            estimator.paused = was_paused
 
 
 def estimator_of(model: nn.Module, adapter_name: str) -> FisherEstimator | None:

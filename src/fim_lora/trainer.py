@@ -13,9 +13,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from .calibration import calibrate
-from .distributed import gathered, is_main_process
+from .distributed import gathered, is_main_process, together
 from .initialization import awaiting_config, initialize_lora_fim_ranks
-from .peft_integration import adapter_layers, estimator_of, lora_layers_disabled
+from .peft_integration import adapter_layers, lora_layers_disabled
 from .rank_allocation import RankAllocation
 from .scores import FimScores
 
@@ -68,12 +68,11 @@ def initialize_lora_fim_ranks_for_trainer(
     _require_beginning(trainer)
     with _batches(trainer) as batches, _metrics_kept(trainer):
         if resume_from_checkpoint:
-            folder = _folder_of(trainer, resume_from_checkpoint)
-            scores = _scores_before(folder, config)
+            scores = together(lambda: _scores_before(_folder_of(trainer, resume_from_checkpoint), config))
         else:
-            folder = Path(trainer.args.output_dir)
             scores = _scores(trainer, batches, adapter_name, show_progress_bar)
-        with _saved(RankAllocation.from_scores(scores, config), folder / ALLOCATION):
+        # The checkpoint may be one of another folder.
+        with _saved(RankAllocation.from_scores(scores, config), Path(trainer.args.output_dir) / ALLOCATION):
             return initialize_lora_fim_ranks(
                 model,
                 batches if config.fim_config.init_lora_weights == "eva" else None,
@@ -100,7 +99,7 @@ def _require_beginning(trainer: Trainer) -> None:
 def _scores(trainer: Trainer, batches: Any, adapter_name: str, show_progress_bar: bool) -> FimScores:
     model = trainer.model
     pairs = any(parent.__name__ in _TRAINERS_OF_PAIRS for parent in type(trainer).__mro__)
-    with lora_layers_disabled(model, estimator_of(model, adapter_name)):
+    with lora_layers_disabled(model):
         return calibrate(
             model,
             adapter_layers(model, adapter_name),

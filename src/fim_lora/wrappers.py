@@ -49,7 +49,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def without_engine(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel`, `DataParallel` or DeepSpeed's engine.
+    """The model inside `DistributedDataParallel`, `DataParallel` or DeepSpeed's engine, compiled or not.
 
     They only synchronise gradients of parameters and step the optimizer; what shards the model stays.
 
@@ -59,9 +59,8 @@ def without_engine(model: nn.Module) -> nn.Module:
     Returns:
         The model inside, or the model itself.
     """
-    # By its name, because importing DeepSpeed takes seconds and is not wanted by those who do not use it.
-    while isinstance(model, (DistributedDataParallel, DataParallel)) or type(model).__name__ == "DeepSpeedEngine":
-        model = cast(nn.Module, model.module)
+    while _is_engine(inside := unwrapped(model)):
+        model = cast(nn.Module, inside.module)
     return model
 
 
@@ -89,3 +88,9 @@ def are_sharded(parameters: Iterable[Tensor]) -> bool:
         Whether FSDP2, tensor parallelism or ZeRO-3 has divided one.
     """
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in parameters)
+
+
+def _is_engine(module: nn.Module) -> bool:
+    # By its name, because importing DeepSpeed takes seconds and is not wanted by those who do not use it.
+    names = {parent.__name__ for parent in type(module).__mro__}
+    return isinstance(module, (DistributedDataParallel, DataParallel)) or "DeepSpeedEngine" in names
