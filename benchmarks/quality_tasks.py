@@ -1,0 +1,300 @@
+"""What `quality.py` trains on: real data, a real pretrained model, batches that depend on the seed alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+Batch = dict[str, Tensor]
+
+HUB = "hub"
+"""Instead of a folder with the files: the same data from the hub."""
+
+# Rows that are drawn once, whatever the seed of a run, so that all runs are measured on the same ones.
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised example.
+
+    Attributes:
+        input_ids: Tokens.
+        labels: The class, or one label for each token, -100 where there is no loss.
+    """
+
+    input_ids: list[int]
+    labels: int | list[int]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The examples of a task.
+
+    Attributes:
+        train: To train and to calibrate on.
+        development: To choose the learning rate on; never reported.
+        test: To report.
+        num_labels: Classes; 0 for a language model.
+    """
+
+    train: list[Example]
+    development: list[Example]
+    test: list[Example]
+    num_labels: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: How results call it.
+        metric: The main metric: `"accuracy"`, more is better, or `"loss"`, less is better.
+        read: Takes folder or `HUB` and returns rows for training and for the test.
+        causal: Whether the model is a language model.
+        targets: What `all-linear` and `attention` mean as module names.
+        learning_rates: The grid, the same for every method.
+        batch_size: Examples in a batch.
+        steps: Training steps.
+        max_length: Tokens of an example, at most.
+        development_size: Examples of the development split, taken from the training rows.
+        test_size: Examples of the test split, at most.
+    """
+
+    name: str
+    metric: str
+    read: Callable[[str], tuple[list[dict[str, Any]], list[dict[str, Any]]]]
+    causal: bool
+    targets: dict[str, list[str]]
+    learning_rates: tuple[float, ...]
+    batch_size: int
+    steps: int
+    max_length: int
+    development_size: int
+    test_size: int
+
+
+def _banking77(source: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    train, test = _rows(source, ("banking_train.csv", "banking_test.csv"), ("mteb/banking77",))
+    label = "label" if source == HUB else "category"
+    return [{"text": row["text"], "label": row[label]} for row in train], [
+        {"text": row["text"], "label": row[label]} for row in test
+    ]
+
+
+def _sst2(source: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    train, test = _rows(source, ("sst2_train.tsv", "sst2_test.tsv"), ("SetFit/sst2",))
+    return _with_names(train), _with_names(test)
+
+
+def _with_names(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    # The files have no header, and so the names that `_rows` gives.
+    return [{"text": row["text"], "label": row["label"]} for row in rows]
+
+
+def _gsm8k(source: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return _rows(source, ("gsm8k_train.jsonl", "gsm8k_test.jsonl"), ("openai/gsm8k", "main"))
+
+
+def _rows(
+    source: str, files: tuple[str, str], hub_name: tuple[str, ...]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    if source == HUB:
+        loaded = datasets.load_dataset(*hub_name)
+        return list(loaded["train"]), list(loaded["test"])
+    train, test = (list(_read_file(Path(source) / name)) for name in files)
+    return train, test
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".jsonl":
+        return datasets.load_dataset("json", data_files=str(path), split="train")
+    if path.suffix == ".tsv":
+        options: dict[str, Any] = {"sep": "\t", "header": None, "names": ["text", "label"], "quoting": 3}
+        return datasets.load_dataset("csv", data_files=str(path), split="train", **options)
+    return datasets.load_dataset("csv", data_files=str(path), split="train")
+
+
+_BERT_TARGETS = {"attention": ["query", "key", "value", "attention.output.dense"]}
+_BERT_TARGETS["all-linear"] = [*_BERT_TARGETS["attention"], "intermediate.dense", "output.dense"]
+_LLAMA_TARGETS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+_LLAMA_TARGETS["all-linear"] = [*_LLAMA_TARGETS["attention"], "gate_proj", "up_proj", "down_proj"]
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "banking77", "accuracy", _banking77, False, _BERT_TARGETS, (1e-3, 3e-3, 1e-2, 3e-2), 32, 120, 48, 500, 1000
+        ),
+        Task("sst2", "accuracy", _sst2, False, _BERT_TARGETS, (3e-4, 1e-3, 3e-3, 1e-2), 32, 120, 48, 500, 1000),
+        Task("gsm8k", "loss", _gsm8k, True, _LLAMA_TARGETS, (3e-4, 1e-3, 3e-3, 1e-2), 4, 60, 256, 48, 128),
+    )
+}
+"""Name to task."""
+
+
+def load_splits(task: Task, source: str, tokenizer: Any) -> Splits:
+    """Read and tokenise a task.
+
+    Args:
+        task: The task.
+        source: Folder with the files, or `HUB`.
+        tokenizer: The model's.
+
+    Returns:
+        The splits. The test rows, and the training rows that become the development split, are the same in every run.
+    """
+    train, test = task.read(source)
+    shuffle = random.Random(_SPLIT_SEED)
+    shuffle.shuffle(train)
+    shuffle.shuffle(test)
+    names = [] if task.causal else sorted({row["label"] for row in train})
+    encode = _encode_solution if task.causal else _encode_sentence
+    examples = [
+        [encode(row, tokenizer, task.max_length, names) for row in rows] for rows in (train, test[: task.test_size])
+    ]
+    size = task.development_size
+    return Splits(examples[0][size:], examples[0][:size], examples[1], len(names))
+
+
+def _encode_sentence(row: dict[str, Any], tokenizer: Any, max_length: int, names: list[Any]) -> Example:
+    ids = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]
+    return Example(ids, names.index(row["label"]))
+
+
+def _encode_solution(row: dict[str, Any], tokenizer: Any, max_length: int, names: list[Any]) -> Example:
+    """The loss is on the answer only."""
+    question = tokenizer(f"Question: {row['question']}\nAnswer: ", add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row["answer"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    labels = [-100] * len(question) + answer
+    return Example((question + answer)[:max_length], labels[:max_length])
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        source: Hub id, folder or GGUF file.
+
+    Returns:
+        The tokenizer, which has a token to pad with.
+    """
+    path, options = _path_and_options(source)
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(task: Task, source: str, num_labels: int, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """The pretrained model, with a new classifier if the task needs one.
+
+    Args:
+        task: The task.
+        source: Hub id, folder or GGUF file.
+        num_labels: Classes.
+        seed: Decides the values of the classifier.
+        device: Where to put it.
+        dtype: Its precision.
+
+    Returns:
+        The model.
+    """
+    path, options = _path_and_options(source)
+    torch.manual_seed(seed)
+    if task.causal:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        model.config.use_cache = False
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels, dtype=dtype, **options)
+    return model.to(device)
+
+
+def _path_and_options(source: str) -> tuple[str, dict[str, Any]]:
+    if source.endswith(".gguf"):
+        return str(Path(source).parent), {"gguf_file": Path(source).name}
+    return source, {}
+
+
+def batches(examples: Sequence[Example], batch_size: int, pad: int, device: torch.device) -> Iterator[Batch]:
+    """Pad examples into batches, in the order in which they are.
+
+    Args:
+        examples: Tokenised examples.
+        batch_size: Examples in a batch; the last may have fewer.
+        pad: Token to pad with.
+        device: Where to put them.
+
+    Yields:
+        Batches of token ids and mask (B × T) and labels (B, or B × T).
+    """
+    for first in range(0, len(examples), batch_size):
+        chosen = examples[first : first + batch_size]
+        length = max(len(example.input_ids) for example in chosen)
+        ids = torch.tensor([_padded(example.input_ids, length, pad) for example in chosen])
+        mask = torch.tensor([_padded([1] * len(example.input_ids), length, 0) for example in chosen])
+        labels = [
+            example.labels if isinstance(example.labels, int) else _padded(example.labels, length, -100)
+            for example in chosen
+        ]
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(labels)}
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _padded(values: list[int], length: int, pad: int) -> list[int]:
+    return values + [pad] * (length - len(values))
+
+
+def training_order(size: int, count: int, seed: int) -> list[int]:
+    """Indices of the examples of a run, one shuffled round after the other.
+
+    Args:
+        size: Examples in the training split.
+        count: Indices wanted.
+        seed: Of the run.
+
+    Returns:
+        Indices; the same for every method.
+    """
+    order = random.Random(f"order {seed}")
+    indices: list[int] = []
+    while len(indices) < count:
+        round_ = list(range(size))
+        order.shuffle(round_)
+        indices += round_
+    return indices[:count]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, data: Iterator[Batch]) -> dict[str, float]:
+    """Loss and, for classes, accuracy over some batches.
+
+    Args:
+        model: The model; afterwards in eval mode.
+        task: The task.
+        data: The batches.
+
+    Returns:
+        `loss`, the mean over classified examples or answer tokens in nats, and `accuracy`.
+    """
+    model.eval()
+    loss, correct, count = 0.0, 0, 0
+    for batch in data:
+        labels = batch["labels"]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        if task.causal:
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            logits, labels = logits[labels != -100], labels[labels != -100]
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(-1) == labels).sum())
+        count += len(labels)
+    return {"loss": loss / count, "accuracy": correct / count}
