@@ -14,6 +14,7 @@ report on the development split, which is never reported on.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import itertools
 import json
@@ -22,8 +23,9 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from quality_methods import METHODS, Setting, adapter_parameters
 from quality_tasks import (
     HUB,
     TASKS,
+    Example,
     Splits,
     Task,
     batches,
@@ -43,6 +46,7 @@ from quality_tasks import (
     load_tokenizer,
     training_order,
 )
+from report import TUNED_BY, score
 
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; then it falls linearly to zero."""
@@ -51,6 +55,7 @@ CALIBRATION_BATCHES = 8
 MEASURED_EVERY = 20
 """Steps between two measurements of the loss on the development split."""
 
+_MOST_SEEDS = 100
 _VERSIONS_OF = ("fim-lora", "peft", "transformers", "torch")
 
 
@@ -90,6 +95,8 @@ class Bench:
     def __init__(self, source: str, models: dict[bool, str], device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.models, self.device, self.dtype = source, models, device, dtype
         self._splits: dict[str, tuple[Splits, Any]] = {}
+        self._last_key: Run | None = None
+        self._last_adapted: tuple[Any, float] = None, 0.0
 
     def splits(self, task: Task) -> tuple[Splits, Any]:
         """The data of a task and the tokenizer."""
@@ -110,45 +117,58 @@ class Bench:
         task = TASKS[run.task]
         splits, tokenizer = self.splits(task)
         size, pad = task.batch_size, tokenizer.pad_token_id
-        model = load_model(task, self.models[task.causal], splits.num_labels, run.seed, self.device, self.dtype)
-        if task.causal is False or model.config.pad_token_id is None:
-            model.config.pad_token_id = pad
-
-        count = (run.steps + CALIBRATION_BATCHES) * size
-        chosen = [splits.train[index] for index in training_order(len(splits.train), count, run.seed)]
-        # The calibration batches are the first of those that are trained on.
-        calibration = list(batches(chosen[: CALIBRATION_BATCHES * size], size, pad, self.device))
-        start = time.perf_counter()
-        model = METHODS[run.method](
-            Setting(
-                model,
-                task.targets[run.targets],
-                run.rank,
-                "CAUSAL_LM" if task.causal else "SEQ_CLS",
-                calibration,
-                run.steps,
-                run.seed,
-            )
-        )
-        calibration_seconds = time.perf_counter() - start
+        chosen = self._chosen(run)
+        model, calibration_seconds = self._adapted(run)
         initial_parameters = adapter_parameters(model)
 
         curve, seconds = [], 0.0
         for step, taken in self._train(model, task, run, batches(chosen[: run.steps * size], size, pad, self.device)):
             seconds += taken
             if step % MEASURED_EVERY == 0 and step < run.steps:
-                curve.append([step, self._measure(model, task, splits.development, pad)["loss"]])
+                part = splits.development[: len(splits.development) // 2]
+                curve.append([step, self._measure(model, task, part, pad)["loss"]])
         development = self._measure(model, task, splits.development, pad)
         return {
             "run": asdict(run),
             "development": development,
             "test": self._measure(model, task, splits.test, pad),
-            "curve": [*curve, [run.steps, development["loss"]]],
+            "curve": curve,
             "adapter_parameters": adapter_parameters(model),
             "initial_adapter_parameters": initial_parameters,
             "calibration_seconds": calibration_seconds,
             "training_seconds": seconds,
         }
+
+    def _chosen(self, run: Run) -> list[Example]:
+        """The examples that are trained on, of which the first are the calibration batches."""
+        task = TASKS[run.task]
+        train = self.splits(task)[0].train
+        lengths = [len(example.input_ids) for example in train]
+        num_batches = max(run.steps, CALIBRATION_BATCHES)
+        return [train[index] for index in training_order(lengths, task.batch_size, num_batches, run.seed)]
+
+    def _adapted(self, run: Run) -> tuple[Any, float]:
+        """The model with a fresh adapter, and the seconds that its method took.
+
+        Both do not depend on the learning rate, and so the last ones are kept.
+        """
+        key = replace(run, learning_rate=0.0)
+        if key != self._last_key:
+            self._last_adapted, self._last_key = self._made(run), key
+        model, seconds = self._last_adapted
+        return copy.deepcopy(model), seconds
+
+    def _made(self, run: Run) -> tuple[Any, float]:
+        task = TASKS[run.task]
+        splits, tokenizer = self.splits(task)
+        size, pad = task.batch_size, tokenizer.pad_token_id
+        model = load_model(task, self.models[task.causal], splits.num_labels, run.seed, self.device, self.dtype)
+        model.config.pad_token_id = pad
+        calibration = list(batches(self._chosen(run)[: CALIBRATION_BATCHES * size], size, pad, self.device))
+        task_type = "CAUSAL_LM" if task.causal else "SEQ_CLS"
+        start = time.perf_counter()
+        setting = Setting(model, task.targets[run.targets], run.rank, task_type, calibration, run.steps, run.seed)
+        return METHODS[run.method](setting), time.perf_counter() - start
 
     def _train(self, model: Any, task: Task, run: Run, data: Iterator[Any]) -> Iterator[tuple[int, float]]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -199,13 +219,43 @@ def planned_runs(options: argparse.Namespace) -> list[Run]:
     Returns:
         The runs.
     """
+    part, parts = map(int, options.share.split("/"))
     runs = []
-    for seed, name, targets, rank in itertools.product(options.seeds, options.tasks, options.targets, options.ranks):
+    product = itertools.product(options.seeds, options.tasks, options.targets, options.ranks, options.methods)
+    for seed, name, targets, rank, method in list(product)[part - 1 :: parts]:
         task = TASKS[name]
+        steps = options.steps or task.steps
         rates = options.learning_rates or task.learning_rates
-        for rate, method in itertools.product(rates, options.methods):
-            runs.append(Run(name, targets, rank, method, rate, seed, options.steps or task.steps))
+        run = Run(name, targets, rank, method, 0.0, seed, steps)
+        if options.tuned:
+            rates = [tuned_learning_rate(options.results, run, rates)]
+        runs += [replace(run, learning_rate=rate) for rate in rates]
     return runs
+
+
+def tuned_learning_rate(folder: Path, run: Run, rates: Sequence[float]) -> float:
+    """The best learning rate by the development split, over the seeds that were run with all of them.
+
+    Args:
+        folder: The results.
+        run: A run, whose learning rate and seed do not matter.
+        rates: The grid.
+
+    Returns:
+        One of the rates.
+
+    Raises:
+        FileNotFoundError: If no seed was run with the whole grid.
+    """
+    scores: dict[float, list[float]] = {rate: [] for rate in rates}
+    for seed in range(_MOST_SEEDS):
+        files = {rate: folder / replace(run, learning_rate=rate, seed=seed).file for rate in rates}
+        if all(file.exists() for file in files.values()):
+            for rate, file in files.items():
+                scores[rate].append(score(json.loads(file.read_text()), "development", TUNED_BY))
+    if not scores[rates[0]]:
+        raise FileNotFoundError(f"No seed of {run.file.parent} was run by {run.method} with all of {rates}.")
+    return max(rates, key=lambda rate: mean(scores[rate]))
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -238,12 +288,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--learning-rates", nargs="+", type=float, help="instead of those of the task")
     parser.add_argument("--steps", type=int, help="instead of those of the task")
-    parser.add_argument("--share", default="1/1", help="K/N: only every N-th run, from the K-th on")
+    parser.add_argument("--tuned", action="store_true", help="only the learning rate that is the best so far")
+    parser.add_argument("--share", default="1/1", help="K/N: only every N-th part of the work, from the K-th on")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
-    part, parts = map(int, options.share.split("/"))
-    runs = planned_runs(options)[part - 1 :: parts]
+    runs = planned_runs(options)
     missing = [run for run in runs if not (options.results / run.file).exists()]
     print(f"{len(missing)} of {len(runs)} runs to do")
     bench = Bench(
