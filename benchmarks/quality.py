@@ -32,7 +32,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from quality_methods import METHODS, Setting, adapter_parameters
+from quality_methods import METHODS as COMPARED
+from quality_methods import Setting, adapter_parameters
 from quality_tasks import (
     HUB,
     TASKS,
@@ -46,14 +47,24 @@ from quality_tasks import (
     load_tokenizer,
     training_order,
 )
+from quality_variants import VARIANTS
 from report import TUNED_BY, score
+
+METHODS = COMPARED | VARIANTS
+"""Name to method."""
 
 WARM_UP = 0.1
 """Share of the steps in which the learning rate rises; then it falls linearly to zero."""
 
+CLASSIFIER_LEARNING_RATE = 1e-2
+"""Of a new classifier, for all methods. With one learning rate for both, a classifier that starts from nothing would
+decide which learning rate is the best for the adapter."""
+
 CALIBRATION_BATCHES = 8
 MEASURED_EVERY = 20
-"""Steps between two measurements of the loss on the development split."""
+"""Steps between two measurements of the loss on the first `MEASURED_ON` examples of the development split."""
+
+MEASURED_ON = 128
 
 _MOST_SEEDS = 100
 _VERSIONS_OF = ("fim-lora", "peft", "transformers", "torch")
@@ -125,7 +136,7 @@ class Bench:
         for step, taken in self._train(model, task, run, batches(chosen[: run.steps * size], size, pad, self.device)):
             seconds += taken
             if step % MEASURED_EVERY == 0 and step < run.steps:
-                part = splits.development[: len(splits.development) // 2]
+                part = splits.development[:MEASURED_ON]
                 curve.append([step, self._measure(model, task, part, pad)["loss"]])
         development = self._measure(model, task, splits.development, pad)
         return {
@@ -172,7 +183,7 @@ class Bench:
 
     def _train(self, model: Any, task: Task, run: Run, data: Iterator[Any]) -> Iterator[tuple[int, float]]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=run.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(_parameter_groups(model, run.learning_rate), weight_decay=0.0)
         warm_up = max(1, round(WARM_UP * run.steps))
         schedule = LambdaLR(
             optimizer, lambda step: min((step + 1) / warm_up, (run.steps - step) / max(1, run.steps - warm_up))
@@ -195,6 +206,14 @@ class Bench:
         # Of similar length in a batch, which saves most of the padding and changes no number.
         by_length = sorted(examples, key=lambda example: len(example.input_ids))
         return evaluate(model, task, batches(by_length, 4 * task.batch_size, pad, self.device))
+
+
+def _parameter_groups(model: Any, learning_rate: float) -> list[dict[str, Any]]:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapter = [parameter for name, parameter in trained.items() if "lora_" in name]
+    classifier = [parameter for name, parameter in trained.items() if "lora_" not in name]
+    groups = [{"params": adapter, "lr": learning_rate}, {"params": classifier, "lr": CLASSIFIER_LEARNING_RATE}]
+    return [group for group in groups if group["params"]]
 
 
 def environment() -> dict[str, Any]:
@@ -284,7 +303,7 @@ def main() -> None:
         "--targets", nargs="+", choices=["attention", "all-linear"], default=["attention", "all-linear"]
     )
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--learning-rates", nargs="+", type=float, help="instead of those of the task")
     parser.add_argument("--steps", type=int, help="instead of those of the task")

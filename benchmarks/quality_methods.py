@@ -21,6 +21,7 @@ from peft import (
     get_peft_model,
     initialize_lora_eva_weights,
 )
+from peft.tuners.adalora.layer import RankAllocator
 from peft.tuners.lora import LoraLayer, preprocess_loraga
 from torch import nn
 
@@ -85,8 +86,17 @@ def _uniform_of_double_rank(setting: Setting) -> Any:
     return setting.adapted(setting.config(2 * setting.rank))
 
 
-def _by_scores(setting: Setting, scores: FimScores, **fim_options: Any) -> Any:
-    """An adapter with ranks by some scores."""
+def by_scores(setting: Setting, scores: FimScores, **fim_options: Any) -> Any:
+    """An adapter with ranks by some scores, the scaling of uniform LoRA, and no more parameters.
+
+    Args:
+        setting: The setting.
+        scores: Of its targets.
+        **fim_options: Of `FimConfig`.
+
+    Returns:
+        The adapted model.
+    """
     config = setting.config(init_lora_weights="fim", fim_config=FimConfig(**fim_options))
     allocation = _within_uniform(RankAllocation.from_scores(scores, config), config)
     return setting.adapted(allocation.to_lora_config(config))
@@ -104,16 +114,16 @@ def _within_uniform(allocation: RankAllocation, config: LoraConfig) -> RankAlloc
             if rank > 1
         }
         ranks[min(worth, key=lambda name: worth[name])] -= 1
-    return _with_ranks(allocation, ranks)
+    return with_ranks(allocation, ranks)
 
 
-def _with_ranks(allocation: RankAllocation, ranks: dict[str, int]) -> RankAllocation:
-    """Other ranks with the same scaling."""
+def with_ranks(allocation: RankAllocation, ranks: dict[str, int]) -> RankAllocation:
+    """An allocation with other ranks and the scaling of uniform LoRA."""
     return replace(allocation, ranks=ranks, alphas={name: SCALING * rank for name, rank in ranks.items()})
 
 
 def _fim(**fim_options: Any) -> Method:
-    return lambda setting: _by_scores(setting, fim_scores(setting), **fim_options)
+    return lambda setting: by_scores(setting, fim_scores(setting), **fim_options)
 
 
 def fim_scores(setting: Setting) -> FimScores:
@@ -131,7 +141,8 @@ def fim_scores(setting: Setting) -> FimScores:
     return get_fim_scores(setting.model, setting.calibration, config, show_progress_bar=False)
 
 
-def _with_means(scores: FimScores, means: Mapping[str, float]) -> FimScores:
+def with_means(scores: FimScores, means: Mapping[str, float]) -> FimScores:
+    """Other scores of the same layers."""
     changed = {name: replace(score, mean=means[name], standard_error=None) for name, score in scores.items()}
     return FimScores(changed, scores.num_batches)
 
@@ -151,14 +162,14 @@ def _random(setting: Setting) -> Any:
         size = sum(rank * costs[name] for name, rank in zip(costs, ranks, strict=True))
         if most < size <= limit:
             best, most = dict(zip(costs, ranks, strict=True)), size
-    return setting.adapted(_with_ranks(allocation, best).to_lora_config(config))
+    return setting.adapted(with_ranks(allocation, best).to_lora_config(config))
 
 
 def _inverse(setting: Setting) -> Any:
     scores = fim_scores(setting)
     least = min(mean for mean in scores.means.values() if mean > 0)
     means = {name: 1 / max(mean, least) for name, mean in scores.means.items()}
-    return _by_scores(setting, _with_means(scores, means), budget="parameters")
+    return by_scores(setting, with_means(scores, means), budget="parameters")
 
 
 def _gradient_of_lora_b(setting: Setting) -> Any:
@@ -175,7 +186,7 @@ def _gradient_of_lora_b(setting: Setting) -> Any:
     setting = replace(setting, model=model.unload())
     # Shapes and costs are those of the same layers.
     shapes = fim_scores(replace(setting, calibration=setting.calibration[:1]))
-    return _by_scores(setting, _with_means(shapes, means), budget="parameters")
+    return by_scores(setting, with_means(shapes, means), budget="parameters")
 
 
 def _eva(rho: float) -> Method:
@@ -202,12 +213,30 @@ def _truncated(directions: dict[str, Any], model: nn.Module, rank: int) -> dict[
     return {full: directions[full][: ranks[name]] for name, full in by_name.items()}
 
 
+class _AllocatorWithinUniform(RankAllocator):  # type: ignore[misc]
+    """AdaLoRA's, which counts ranks, and at the end drops more of them until it has no more parameters than allowed.
+
+    Attributes:
+        most_parameters: The parameters allowed.
+    """
+
+    most_parameters: int
+
+    def mask_to_budget(self, model: nn.Module, budget: int) -> Any:
+        rank_pattern = super().mask_to_budget(model, budget)
+        while budget <= self.target_bgt and adapter_parameters(model) > self.most_parameters:
+            budget -= 1
+            rank_pattern = super().mask_to_budget(model, budget)
+        return rank_pattern
+
+
 def _adalora(setting: Setting) -> Any:
-    """It starts at 1.5 times the rank and ends at the same sum of ranks as uniform LoRA."""
+    """It starts at 1.5 times the rank and ends at uniform LoRA's parameters."""
+    init_r = max(setting.rank + 1, round(1.5 * setting.rank))
     config = AdaLoraConfig(
-        init_r=max(setting.rank + 1, round(1.5 * setting.rank)),
+        init_r=init_r,
         target_r=setting.rank,
-        lora_alpha=round(SCALING * setting.rank),
+        lora_alpha=round(SCALING * init_r),
         tinit=setting.steps // 10,
         tfinal=setting.steps // 2,
         deltaT=2,
@@ -215,7 +244,11 @@ def _adalora(setting: Setting) -> Any:
         target_modules=setting.target_modules,
         task_type=setting.task_type,
     )
-    return setting.adapted(config)
+    model = setting.adapted(config)
+    allocator = model.base_model.rankallocator
+    allocator.__class__ = _AllocatorWithinUniform  # and no closure, which a copy of the model would share
+    allocator.most_parameters = adapter_parameters(model) * setting.rank // init_r
+    return model
 
 
 def _lora_ga(setting: Setting) -> Any:
@@ -264,13 +297,10 @@ def adapter_parameters(model: nn.Module) -> int:
         The number, without classifier; of AdaLoRA those of the ranks that are kept, without the singular values.
         Before its first step all singular values are zero, and all ranks count.
     """
-    return sum(_parameters_of(module) for module in model.modules() if isinstance(module, LoraLayer))
-
-
-def _parameters_of(layer: Any) -> int:
-    if "default" in getattr(layer, "lora_E", {}):
-        values = layer.lora_E["default"]
-        kept = int((values != 0).sum()) or values.numel()
-        return kept * (layer.in_features + layer.out_features)
-    weights = [weights["default"].weight for weights in (layer.lora_A, layer.lora_B) if "default" in weights]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any("default" in getattr(layer, "lora_E", {}) for layer in layers):
+        costs = {layer.lora_E["default"]: layer.in_features + layer.out_features for layer in layers}
+        kept = sum(int((values != 0).sum()) * cost for values, cost in costs.items())
+        return kept or sum(values.numel() * cost for values, cost in costs.items())
+    weights = [of["default"].weight for layer in layers for of in (layer.lora_A, layer.lora_B) if "default" in of]
     return sum(weight.numel() for weight in weights)

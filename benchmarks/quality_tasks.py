@@ -134,10 +134,10 @@ TASKS = {
     task.name: task
     for task in (
         Task(
-            "banking77", "accuracy", _banking77, False, _BERT_TARGETS, (1e-3, 3e-3, 1e-2, 3e-2), 16, 120, 48, 500, 1000
+            "banking77", "accuracy", _banking77, False, _BERT_TARGETS, (1e-3, 2e-3, 4e-3, 8e-3), 16, 120, 48, 400, 1000
         ),
-        Task("sst2", "accuracy", _sst2, False, _BERT_TARGETS, (3e-4, 1e-3, 3e-3, 1e-2), 16, 120, 48, 500, 1000),
-        Task("gsm8k", "loss", _gsm8k, True, _LLAMA_TARGETS, (3e-4, 1e-3, 3e-3, 1e-2), 4, 40, 192, 32, 64),
+        Task("sst2", "accuracy", _sst2, False, _BERT_TARGETS, (5e-4, 1e-3, 2e-3, 4e-3), 16, 120, 48, 400, 1000),
+        Task("gsm8k", "loss", _gsm8k, True, _LLAMA_TARGETS, (5e-4, 1e-3, 2e-3, 4e-3), 4, 40, 192, 32, 64),
     )
 }
 """Name to task."""

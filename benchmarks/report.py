@@ -4,10 +4,10 @@
     python benchmarks/report.py --json    # the same numbers, for programs
 
 A setting is a task, targets, a rank and a number of steps. In each, the learning rate of a method is the one with the
-lowest mean loss over seeds on the development split; what is reported comes from the test split, which nothing was chosen on.
-A gain is a method's metric minus uniform LoRA's at the same seed, with the sign turned where less is better: in
-accuracy points for classes, in nats of loss for text. Over all settings, which have no unit in common, it is in
-percent of uniform LoRA's metric.
+lowest mean loss over seeds on the development split; what is reported comes from the test split, which nothing was
+chosen on. A gain is a method's metric minus uniform LoRA's at the same seed, with the sign turned where less is
+better: in accuracy points for classes, in nats of loss for text. Over all settings, which have no unit in common,
+it is in percent of uniform LoRA's metric.
 """
 
 from __future__ import annotations

@@ -1,0 +1,213 @@
+"""Variants of FIM ranks, from which the defaults of the library are chosen: each changes one thing.
+
+All have a parameter budget and the exponent 1 unless their name says otherwise, and all are within uniform LoRA's
+parameters; what they are compared with is `fim-parameters` of `quality_methods.py`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fim_lora import FimConfig, FimScores, RankAllocation
+from quality_methods import SCALING, Method, Setting, by_scores, fim_scores, with_means, with_ranks
+
+HEAD_WARM_UP_ROUNDS = 5
+"""How often the warm-up of a new classifier goes through the calibration batches."""
+
+_HEAD_LEARNING_RATE = 1e-2
+
+
+# --- The scaling of a layer whose rank moved ---------------------------------------------------------------------
+
+
+def _allocation(setting: Setting, **fim_options: Any) -> tuple[RankAllocation, Any]:
+    config = setting.config(init_lora_weights="fim", fim_config=FimConfig(**{"budget": "parameters", **fim_options}))
+    return RankAllocation.from_scores(fim_scores(setting), config), config
+
+
+def _scaled(power: float, **fim_options: Any) -> Method:
+    """The scaling of a layer is times `(r / r_i) ** power`."""
+
+    def adapter(setting: Setting) -> Any:
+        allocation, config = _allocation(setting, **fim_options)
+        alphas = {name: SCALING * rank * (setting.rank / rank) ** power for name, rank in allocation.ranks.items()}
+        return setting.adapted(replace(allocation, alphas=alphas).to_lora_config(config))
+
+    return adapter
+
+
+def _uniform_with_scaling_by_rank(setting: Setting) -> Any:
+    """The other half of a reallocation: every layer has rank r, and its scaling is times `r_i / r`."""
+    allocation, config = _allocation(setting)
+    alphas = {name: SCALING * rank for name, rank in allocation.ranks.items()}
+    uniform = dict.fromkeys(allocation.ranks, setting.rank)
+    return setting.adapted(replace(allocation, ranks=uniform, alphas=alphas).to_lora_config(config))
+
+
+# --- The bounds --------------------------------------------------------------------------------------------------
+
+
+def _bounded(factor: int) -> Method:
+    """`r_max` is so many times r."""
+    return lambda setting: by_scores(setting, fim_scores(setting), budget="parameters", r_max=factor * setting.rank)
+
+
+# --- The score ---------------------------------------------------------------------------------------------------
+
+
+def _sum_over_entries(setting: Setting) -> Any:
+    """The squared norm of the gradient, and not its mean over the entries of the weight."""
+    scores = fim_scores(setting)
+    sums = {name: score.mean * score.shape[0] * score.shape[1] for name, score in scores.items()}
+    return by_scores(setting, with_means(scores, sums), budget="parameters")
+
+
+@contextmanager
+def _weights_with_gradients(model: Any, names: Any) -> Iterator[dict[str, nn.Parameter]]:
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = model.training
+    weights = {name: model.get_submodule(name).weight for name in names}
+    model.eval().requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    yield weights
+    for parameter, required in before.items():
+        parameter.requires_grad_(required)
+        parameter.grad = None
+    model.train(training)
+
+
+def batch_gradients(setting: Setting, names: Any) -> Iterator[dict[str, Tensor]]:
+    """The gradients of weights for one calibration batch after the other.
+
+    Args:
+        setting: The setting; its model is left as it was.
+        names: The layers.
+
+    Yields:
+        Layer to gradient of its weight (d_out × d_in) for the mean loss of a batch.
+    """
+    with _weights_with_gradients(setting.model, names) as weights:
+        for batch in setting.calibration:
+            setting.loss(setting.model, batch).backward()
+            yield {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
+            setting.model.zero_grad()
+
+
+def batch_means(setting: Setting, scores: FimScores) -> dict[str, float]:
+    """Mean over entries and calibration batches of the squared gradient of a whole batch.
+
+    Args:
+        setting: The setting.
+        scores: Of the layers wanted.
+
+    Returns:
+        Layer to mean.
+    """
+    means = dict.fromkeys(scores, 0.0)
+    for gradients in batch_gradients(setting, list(scores)):
+        for name, gradient in gradients.items():
+            means[name] += gradient.square().mean().item() / len(setting.calibration)
+    return means
+
+
+def _batch_gradients(setting: Setting) -> Any:
+    scores = fim_scores(setting)
+    return by_scores(setting, with_means(scores, batch_means(setting, scores)), budget="parameters")
+
+
+@contextmanager
+def warm_head(setting: Setting) -> Iterator[None]:
+    """Train the new classifier alone on the calibration batches; afterwards it is what it was.
+
+    Args:
+        setting: The setting, whose model has a module `classifier`.
+
+    Yields:
+        Nothing; meanwhile the classifier is trained.
+    """
+    head = setting.model.classifier
+    before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    optimizer = torch.optim.AdamW(head.parameters(), lr=_HEAD_LEARNING_RATE, weight_decay=0.0)
+    setting.model.eval()
+    for batch in setting.calibration * HEAD_WARM_UP_ROUNDS:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with torch.no_grad():
+            pooled = setting.model.base_model(**inputs).pooler_output
+        nn.functional.cross_entropy(head(pooled), batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    yield
+    head.load_state_dict(before)
+
+
+def _after_head_warm_up(setting: Setting) -> Any:
+    with warm_head(setting):
+        scores = fim_scores(setting)
+    return by_scores(setting, scores, budget="parameters")
+
+
+# --- The marginal value of the k-th rank -------------------------------------------------------------------------
+
+
+def greedy_ranks(gains: Mapping[str, list[float]], costs: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Give one rank after the other to the layer that gains the most from it per parameter.
+
+    Args:
+        gains: Layer to gain of its first, second, … rank, none larger than the one before; as many as it may get.
+        costs: Layer to parameters of one rank.
+        limit: Parameters in all.
+
+    Returns:
+        Ranks, each at least 1; what no layer can pay any more is left over.
+    """
+    ranks = dict.fromkeys(gains, 1)
+    left = limit - sum(costs.values())
+    queue = [(-values[1] / costs[name], name) for name, values in gains.items() if len(values) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        if costs[name] > left:
+            continue
+        ranks[name] += 1
+        left -= costs[name]
+        if ranks[name] < len(gains[name]):
+            heapq.heappush(queue, (-gains[name][ranks[name]] / costs[name], name))
+    return ranks
+
+
+def _spectrum(setting: Setting) -> Any:
+    """The gain of the k-th rank is the square of the k-th singular value of the mean gradient."""
+    allocation, config = _allocation(setting)
+    scores = allocation.scores
+    total: dict[str, Tensor] = {}
+    for gradients in batch_gradients(setting, list(scores)):
+        for name, gradient in gradients.items():
+            total[name] = total.get(name, 0) + gradient
+    most = 4 * setting.rank
+    gains = {name: torch.linalg.svdvals(total[name].float())[:most].square().tolist() for name in scores}
+    limit = setting.rank * sum(scores.parameters_per_rank.values())
+    ranks = greedy_ranks(gains, scores.parameters_per_rank, limit)
+    return setting.adapted(with_ranks(allocation, ranks).to_lora_config(config))
+
+
+VARIANTS: dict[str, Method] = {
+    "fim-scaling-sqrt": _scaled(0.5),
+    "fim-scaling-not-adjusted": _scaled(1.0),
+    "fim-1/2-scaling-sqrt": _scaled(0.5, score_exponent=0.5),
+    "uniform-scaling-by-rank": _uniform_with_scaling_by_rank,
+    "fim-r_max-2r": _bounded(2),
+    "fim-r_max-8r": _bounded(8),
+    "fim-sum": _sum_over_entries,
+    "fim-batch-gradients": _batch_gradients,
+    "fim-warm-head": _after_head_warm_up,
+    "fim-spectrum": _spectrum,
+}
+"""Name to method."""
