@@ -2,7 +2,9 @@
 
     python benchmarks/cost.py MODEL
 
-Every method sees the same batches: text that is concatenated and cut, so there is no padding.
+MODEL is a hub id, a folder or a GGUF file, or `shape:NAME` for random weights of a shape in `cost_shapes.py`.
+`cost_sweep.py` runs many points. Every method sees the same batches: text that is concatenated and cut, so there is
+no padding.
 
 - `lora`, the reference: forward and backward passes of plain LoRA in training mode, without an optimizer.
 - `fim-dataloader`: `get_fim_scores` on an adapter that awaits its ranks.
@@ -61,6 +63,7 @@ from cost_methods import (
     timed_squared_norms,
     tiny_batches,
 )
+from cost_shapes import PREFIX, pass_operations, random_batches, random_model
 from peak_memory import ALLOCATOR_ENVIRONMENT, MIB, extra_peak
 
 
@@ -100,14 +103,12 @@ class Breakdown:
         frozen_passes: Forward and backward passes of the frozen model without hooks.
         squared_norms: All calls of `squared_norms`.
         other: The rest: hooks, saved inputs, running sums.
-        allocation: Not part of the whole: from given scores to an initialised adapter.
     """
 
     calibration: float
     frozen_passes: float
     squared_norms: float
     other: float
-    allocation: float
 
 
 # --- Time --------------------------------------------------------------------------------------------------------
@@ -183,8 +184,27 @@ def break_down(case: Case, batches: list[Batch], device: torch.device, repeats: 
             whole.append(time_method(CALIBRATION, case, batches, device))
         norms.append(sum(seconds))
     calibration, frozen, squared = (statistics.median(times) for times in (whole, passes, norms))
-    allocation = statistics.median(allocation_seconds(case, batches[:1], repeats))
-    return Breakdown(calibration, frozen, squared, calibration - frozen - squared, allocation)
+    return Breakdown(calibration, frozen, squared, calibration - frozen - squared)
+
+
+def physical_limit(case: Case, batch_size: int, length: int, device: torch.device) -> dict[str, float]:
+    """What the matrix products of one forward and one activation-gradient backward pass take at the measured rate.
+
+    Args:
+        case: The model.
+        batch_size: Sequences in a batch.
+        length: Tokens in a sequence.
+        device: Where the model is.
+
+    Returns:
+        `operations` of a batch, `operations_per_second` of a large matrix product, and `seconds_per_batch`.
+    """
+    operations = pass_operations(case.model, batch_size, length)
+    size = 2048
+    left, right = torch.randn(2, size, size, device=device)
+    seconds = min(timed(lambda: torch.mm(left, right), device) for _ in range(10))
+    rate = 2.0 * size**3 / seconds
+    return {"operations": operations, "operations_per_second": rate, "seconds_per_batch": operations / rate}
 
 
 # --- Memory ------------------------------------------------------------------------------------------------------
@@ -236,6 +256,15 @@ def print_report(report: dict[str, Any], rows: list[Row], breakdown: Breakdown |
             )
     if breakdown is not None:
         print("\n" + _breakdown_lines(breakdown))
+    limit = report["limit"]
+    per_batch = statistics.median(next(row.seconds for row in rows if row.method == REFERENCE))
+    per_batch /= report["settings"]["batches"]
+    print(
+        f"\nPhysical limit: {limit['operations'] / 1e9:.0f} billion operations a batch, at "
+        f"{limit['operations_per_second'] / 1e9:.0f} billion a second {limit['seconds_per_batch']:.2f} s; plain LoRA "
+        f"takes {per_batch:.2f} s, which is {per_batch / limit['seconds_per_batch']:.2f} times that."
+    )
+    print(f"Allocation and re-initialisation with given scores: {report['allocation_seconds']:.3f} s")
     settings, machine = report["settings"], report["machine"]
     print("\n" + ", ".join(f"{name} {value}" for name, value in settings.items()))
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
@@ -281,7 +310,6 @@ def _breakdown_lines(breakdown: Breakdown) -> str:
             line("forward + backward of the frozen model, no hooks", breakdown.frozen_passes),
             line("squared norms", breakdown.squared_norms),
             line("rest (hooks, saved inputs, sums), by difference", breakdown.other),
-            f"Allocation and re-initialisation with given scores, in addition: {breakdown.allocation:.3f} s",
         ]
     )
 
@@ -322,6 +350,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--target-modules", nargs="+", default=["all-linear"], metavar="NAME")
     parser.add_argument("-r", type=int, default=8, help="LoRA rank (%(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="lora is always added")
+    parser.add_argument("--no-breakdown", action="store_true", help="do not measure the parts of the calibration")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
@@ -339,10 +368,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def load_case(arguments: argparse.Namespace) -> tuple[Case, list[Batch]]:
     """Load the model and make the batches."""
     torch.manual_seed(0)
-    model, tokenizer = load_model(arguments.model, arguments.device)
-    batches = make_batches(
-        tokenizer, arguments.data, arguments.batch_size, arguments.length, arguments.batches, arguments.device
-    )
+    size = arguments.batch_size, arguments.length, arguments.batches, arguments.device
+    if arguments.model.startswith(PREFIX):
+        model: Any = random_model(arguments.model.removeprefix(PREFIX), arguments.device)
+        batches = random_batches(model.config.vocab_size, *size)
+    else:
+        model, tokenizer = load_model(arguments.model, arguments.device)
+        batches = make_batches(tokenizer, arguments.data, *size)
     return Case(model, resolved_targets(model, arguments.target_modules, arguments.r), arguments.r), batches
 
 
@@ -377,7 +409,9 @@ def main(command_line: Sequence[str] | None = None) -> None:
         return
     report: dict[str, Any] = {"settings": describe_settings(arguments, case), "machine": describe_machine(device)}
     rows = time_rows(arguments, case, batches, device)
-    with_breakdown = CALIBRATION in arguments.methods
+    report["limit"] = physical_limit(case, arguments.batch_size, arguments.length, device)
+    report["allocation_seconds"] = statistics.median(allocation_seconds(case, batches[:1], arguments.repeats))
+    with_breakdown = CALIBRATION in arguments.methods and not arguments.no_breakdown
     breakdown = break_down(case, batches, device, arguments.repeats) if with_breakdown else None
     if not arguments.no_memory:
         add_peaks(rows, command_line)

@@ -135,7 +135,7 @@ class Bench:
         curve, seconds = [], 0.0
         for step, taken in self._train(model, task, run, batches(chosen[: run.steps * size], size, pad, self.device)):
             seconds += taken
-            if step % MEASURED_EVERY == 0 and step < run.steps:
+            if step % MEASURED_EVERY == 0:
                 part = splits.development[:MEASURED_ON]
                 curve.append([step, self._measure(model, task, part, pad)["loss"]])
         development = self._measure(model, task, splits.development, pad)
@@ -287,8 +287,10 @@ def write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(content) + "\n")
-    os.link(temporary, path)
-    temporary.unlink()
+    try:
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
 
 
 def main() -> None:

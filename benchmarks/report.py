@@ -2,6 +2,7 @@
 
     python benchmarks/report.py           # tables, as Markdown
     python benchmarks/report.py --json    # the same numbers, for programs
+    python benchmarks/report.py --docs docs    # tables and plots of docs/evidence.md
 
 A setting is a task, targets, a rank and a number of steps. In each, the learning rate of a method is the one with the
 lowest mean loss over seeds on the development split; what is reported comes from the test split, which nothing was
@@ -13,6 +14,7 @@ it is in percent of uniform LoRA's metric.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -219,6 +221,164 @@ def report(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def steps_to_reference(curve: Sequence[tuple[float, float]], reference: Sequence[tuple[float, float]]) -> float | None:
+    """Steps until a method has the last measured loss of uniform LoRA, by linear interpolation.
+
+    Args:
+        curve: Steps and losses of the method.
+        reference: The same of uniform LoRA.
+
+    Returns:
+        Steps; `None` if it never has.
+    """
+    target = reference[-1][1]
+    if curve[0][1] <= target:
+        return float(curve[0][0])
+    for (step, loss), (next_step, next_loss) in itertools.pairwise(curve):
+        if next_loss <= target:
+            return step + (next_step - step) * (loss - target) / (loss - next_loss)
+    return None
+
+
+def speeds_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """How soon every method is where uniform LoRA is at its last measurement, in one setting.
+
+    Args:
+        results: Runs of one setting.
+
+    Returns:
+        Method to `steps`, the mean over the seeds that get there; `reached`, the share of seeds that do; and
+        `calibration_steps`, the time until training begins in training steps of that run.
+    """
+    chosen = chosen_runs(results)
+    speeds = {}
+    for method, by_seed in chosen.items():
+        seeds = sorted(by_seed.keys() & chosen[REFERENCE].keys())
+        steps = [steps_to_reference(by_seed[seed]["curve"], chosen[REFERENCE][seed]["curve"]) for seed in seeds]
+        reached = [step for step in steps if step is not None]
+        if seeds:
+            speeds[method] = {
+                "steps": mean(reached) if reached else float("nan"),
+                "reached": len(reached) / len(steps),
+                "calibration_steps": mean(
+                    run["calibration_seconds"] * run["run"]["steps"] / run["training_seconds"]
+                    for run in by_seed.values()
+                ),
+            }
+    return speeds
+
+
+def by_rate(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
+    """The test loss over the learning rates in one setting.
+
+    Args:
+        results: Runs of one setting.
+
+    Returns:
+        Method to learning rate to mean loss over the seeds that were run with all rates of the method.
+    """
+    found: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for result in results:
+        run = result["run"]
+        found[run["method"]][run["learning_rate"]][run["seed"]] = result["test"]["loss"]
+    table = {}
+    for method, rates in found.items():
+        seeds = set.intersection(*(set(losses) for losses in rates.values()))
+        table[method] = {rate: mean(losses[seed] for seed in seeds) for rate, losses in sorted(rates.items()) if seeds}
+    return table
+
+
+def by_setting(results: Sequence[Mapping[str, Any]]) -> dict[Setting, list[Mapping[str, Any]]]:
+    """The runs of every setting that has runs of uniform LoRA."""
+    found: dict[Setting, list[Mapping[str, Any]]] = defaultdict(list)
+    for result in results:
+        found[setting_of(result)].append(result)
+    return {
+        setting: runs
+        for setting, runs in sorted(found.items())
+        if any(run["run"]["method"] == REFERENCE for run in runs)
+    }
+
+
+def write_docs(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write `evidence_tables.md`, and a plot of the gains of every setting.
+
+    Args:
+        results: All runs.
+        folder: Where to.
+    """
+    parts = [
+        "# Tables",
+        "Written by `python benchmarks/report.py --docs docs`; [evidence.md](evidence.md) says what they mean.",
+        as_markdown(report(results)),
+    ]
+    for setting, runs in by_setting(results).items():
+        parts += [_speed_table(setting, speeds_of(runs)), _rate_table(setting, by_rate(runs))]
+    (folder / "evidence_tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    plot_gains(report(results)["tasks"], folder / "evidence_gains.png")
+
+
+def _speed_table(setting: Setting, speeds: Mapping[str, Mapping[str, float]]) -> str:
+    lines = [
+        f"### Speed: {setting}",
+        "",
+        "| method | steps to uniform LoRA's last measured loss | seeds that get there | before training, in steps |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for method, row in sorted(speeds.items(), key=lambda item: (-item[1]["reached"], item[1]["steps"])):
+        steps = "–" if not row["reached"] else f"{row['steps']:.0f}"
+        lines.append(f"| {method} | {steps} | {row['reached']:.0%} | {row['calibration_steps']:.1f} |")
+    return "\n".join(lines)
+
+
+def _rate_table(setting: Setting, table: Mapping[str, Mapping[float, float]]) -> str:
+    rates = sorted({rate for row in table.values() for rate in row})
+    lines = [
+        f"### Test loss over the learning rate: {setting}",
+        "",
+        "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
+        "| --- | " + " | ".join("---:" for _ in rates) + " |",
+    ]
+    for method, row in sorted(table.items()):
+        cells = [f"{row[rate]:.3f}" if rate in row else "–" for rate in rates]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot_gains(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """Draw the gain in test loss of every method with its interval, one panel for each setting.
+
+    Args:
+        tasks: As `report` returns them.
+        path: A PNG file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sizes = [len(methods) for methods in tasks.values()]
+    height = sum(0.24 * size + 0.8 for size in sizes)
+    figure, axes = plt.subplots(
+        len(tasks), 1, figsize=(7, height), squeeze=False, height_ratios=sizes, layout="constrained"
+    )
+    for axis, (setting, methods) in zip(axes[:, 0], tasks.items(), strict=True):
+        ordered = sorted(methods.items(), key=lambda item: item[1]["mean_loss_gain"])
+        means = [numbers["mean_loss_gain"] for _, numbers in ordered]
+        ends = np.array([numbers["loss_ci95"] for _, numbers in ordered]).T
+        spread = np.abs(ends - np.array(means))
+        colours = ["tab:blue" if name.startswith("fim") else "tab:gray" for name, _ in ordered]
+        places = range(len(ordered))
+        axis.errorbar(means, places, xerr=np.array(spread).T, fmt="none", ecolor=colours)
+        axis.scatter(means, places, color=colours, s=14, zorder=3)
+        axis.set_yticks(places, [name for name, _ in ordered], fontsize=8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(setting, fontsize=9)
+    axes[-1, 0].set_xlabel("gain in test loss over uniform LoRA, nats (95 % interval over seeds)")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
 def as_markdown(content: Mapping[str, Any]) -> str:
     """The tables.
 
@@ -253,8 +413,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "quality")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--docs", type=Path, help="write tables and plots to this folder")
     options = parser.parse_args()
-    content = report(read_results(options.results))
+    results = read_results(options.results)
+    if options.docs:
+        write_docs(results, options.docs)
+        return
+    content = report(results)
     print(json.dumps(content, indent=2) if options.json else as_markdown(content))
 
 

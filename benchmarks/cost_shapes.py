@@ -1,0 +1,95 @@
+"""Models by configuration, with random weights: time and memory do not depend on what the weights are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+PREFIX = "shape:"
+"""Before the name of a shape, where else a model is named."""
+
+
+def _llama(hidden: int, inner: int, blocks: int, heads: int, groups: int, vocabulary: int, tied: bool) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+        use_cache=False,
+    )
+
+
+SHAPES = {
+    "smollm2-135m": _llama(576, 1536, 30, 9, 3, 49152, True),
+    "smollm2-360m": _llama(960, 2560, 32, 15, 5, 49152, True),
+    "smollm2-1.7b": _llama(2048, 8192, 24, 32, 32, 49152, True),
+    "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256, False),
+    "1001-layers": _llama(64, 128, 143, 4, 2, 1024, True),
+}
+"""Name to configuration; the last has 7 × 143 small linear layers."""
+
+
+def random_model(name: str, device: torch.device) -> nn.Module:
+    """A model of a shape.
+
+    Args:
+        name: Key of `SHAPES`.
+        device: Where to put it.
+
+    Returns:
+        A causal language model in float32.
+
+    Raises:
+        ValueError: If there is no such shape.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"There is no shape {name!r}: choose one of {', '.join(SHAPES)}.")
+    with device:
+        model: nn.Module = LlamaForCausalLM(SHAPES[name])
+    return model
+
+
+def random_batches(
+    vocabulary: int, batch_size: int, length: int, number: int, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Batches of random tokens without padding.
+
+    Args:
+        vocabulary: Tokens to draw from.
+        batch_size: Sequences in a batch.
+        length: Tokens in a sequence.
+        number: Batches.
+        device: Where to put them.
+
+    Returns:
+        Batches with labels.
+    """
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (number, batch_size, length), generator=draw).to(device)
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x.clone()} for x in ids]
+
+
+def pass_operations(model: nn.Module, batch_size: int, length: int) -> float:
+    """Floating-point operations of one forward pass and one backward pass for the gradients of activations alone.
+
+    Of every matrix product with a weight, `2 · tokens · entries` forward and as many backward. Of attention, which is
+    causal, half of `4 · T² · d` forward and of `8 · T² · d` backward for each block and sequence. Nothing else counts,
+    so it is a lower bound.
+
+    Args:
+        model: A causal language model whose config names `num_hidden_layers`, `num_attention_heads` and `hidden_size`.
+        batch_size: Sequences in a batch.
+        length: T, tokens in a sequence.
+
+    Returns:
+        Operations of one batch.
+    """
+    config = model.config
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    attention = config.num_hidden_layers * config.hidden_size
+    return 4.0 * batch_size * length * weights + 6.0 * batch_size * length**2 * attention

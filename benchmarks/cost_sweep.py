@@ -1,0 +1,120 @@
+"""The cost of a calibration over lengths, batch sizes, models and numbers of layers: runs of `cost.py`, one a point.
+
+    python benchmarks/cost_sweep.py            # measures what has no result yet, then prints the table
+    python benchmarks/cost_sweep.py --print    # the table alone
+
+Every point is a process of its own and one JSON file in `results/cost`. All methods of a point are interleaved within
+its process, so the ratios of a line are of one run. The weights are random. Llama-3-8B is for a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from cost_shapes import PREFIX
+
+REPEATS = 3
+LOOP, LOADER, LORA_GA = "fim-own-loop", "fim-dataloader", "lora-ga"
+
+
+class Point(NamedTuple):
+    """A model, and batches."""
+
+    shape: str
+    batch_size: int
+    length: int
+    batches: int
+    methods: tuple[str, ...] = (LOADER, LOOP)
+
+    @property
+    def file(self) -> str:
+        """Name of its result."""
+        return f"{self.shape}-b{self.batch_size}-t{self.length}.json"
+
+
+_WITH_LORA_GA = (LOADER, LOOP, LORA_GA)
+POINTS = (
+    Point("smollm2-135m", 4, 64, 4, _WITH_LORA_GA),
+    Point("smollm2-135m", 4, 256, 1, _WITH_LORA_GA),
+    Point("smollm2-135m", 4, 512, 1),
+    Point("smollm2-135m", 1, 1024, 1, _WITH_LORA_GA),
+    Point("smollm2-135m", 1, 2048, 1),
+    Point("smollm2-135m", 1, 4096, 1),
+    Point("1001-layers", 4, 64, 4, _WITH_LORA_GA),
+    Point("smollm2-360m", 2, 256, 1, _WITH_LORA_GA),
+    Point("smollm2-135m", 1, 64, 4),
+    Point("smollm2-135m", 16, 64, 1),
+    Point("smollm2-135m", 1, 512, 2),
+    Point("smollm2-1.7b", 1, 256, 1),
+)
+GPU_POINTS = (Point("llama-3-8b", 1, 512, 2), Point("llama-3-8b", 4, 512, 2), Point("llama-3-8b", 1, 4096, 1))
+
+
+def measure(point: Point, folder: Path) -> None:
+    """Run `cost.py` for a point."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(Path(__file__).with_name("cost.py")), PREFIX + point.shape]
+    command += ["--batch-size", str(point.batch_size), "--length", str(point.length), "--batches", str(point.batches)]
+    command += ["--repeats", str(REPEATS), "--methods", *point.methods, "--no-breakdown"]
+    unfinished = folder / (point.file + ".part")
+    subprocess.run([*command, "--json", str(unfinished)], check=True, stdout=subprocess.DEVNULL)
+    unfinished.rename(folder / point.file)
+
+
+def as_markdown(reports: list[dict[str, Any]]) -> str:
+    """The table."""
+    lines = [
+        "| model | B × T | plain LoRA, s | over the limit | dataloader | own loop | LoRA-GA "
+        "| extra peak, dataloader | extra peak, own loop | allocation, steps |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    return "\n".join([*lines, *map(_line, reports)])
+
+
+def _line(report: dict[str, Any]) -> str:
+    rows = {row["method"]: row for row in report["methods"]}
+    settings = report["settings"]
+    step = statistics.median(rows["lora"]["seconds"]) / settings["batches"]
+    cells = [
+        settings["model"].removeprefix(PREFIX),
+        f"{settings['batch size']} × {settings['length']}",
+        f"{step:.2f}",
+        f"{step / report['limit']['seconds_per_batch']:.2f}",
+        *(_ratio(rows.get(method)) for method in (LOADER, LOOP, LORA_GA)),
+        *(f"{rows[method]['extra_peak_ratio']:.2f}" for method in (LOADER, LOOP)),
+        f"{report['allocation_seconds'] / step:.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    return f"{row['ratio']:.2f} [{min(row['ratios']):.2f}–{max(row['ratios']):.2f}]"
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "cost")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--gpu", action="store_true", help="the points for a GPU, too")
+    options = parser.parse_args()
+    points = POINTS + GPU_POINTS * options.gpu
+    missing = [] if options.print else [point for point in points if not (options.results / point.file).exists()]
+    for point in tqdm(missing):
+        measure(point, options.results)
+    files = [options.results / point.file for point in points]
+    print(as_markdown([json.loads(file.read_text()) for file in files if file.exists()]))
+
+
+if __name__ == "__main__":
+    main()
