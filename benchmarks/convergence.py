@@ -51,7 +51,7 @@ def agreement(one: FimScores, other: FimScores, rank: int) -> dict[str, float]:
     ranks = [_ranks(scores, rank) for scores in (one, other)]
     changed = [ranks[0][name] != ranks[1][name] for name in one]
     positions = [np.argsort(np.argsort([scores.means[name] for name in one])) for scores in (one, other)]
-    return {"correlation": float(np.corrcoef(positions)[0, 1]), "layers_changed": mean(changed)}
+    return {"correlation": float(np.asarray(np.corrcoef(positions))[0, 1]), "layers_changed": mean(changed)}
 
 
 def _ranks(scores: FimScores, rank: int) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,7 +76,7 @@ def random_batches(
     return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x.clone()} for x in ids]
 
 
-def pass_operations(model: nn.Module, batch_size: int, length: int) -> float:
+def pass_operations(model: Any, batch_size: int, length: int) -> float:
     """Floating-point operations of one forward pass and one backward pass for the gradients of activations alone.
 
     Of every matrix product with a weight, `2 · tokens · entries` forward and as many backward. Of attention, which is
@@ -90,6 +92,6 @@ def pass_operations(model: nn.Module, batch_size: int, length: int) -> float:
         Operations of one batch.
     """
     config = model.config
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    attention = config.num_hidden_layers * config.hidden_size
+    weights: int = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    attention: int = config.num_hidden_layers * config.hidden_size
     return 4.0 * batch_size * length * weights + 6.0 * batch_size * length**2 * attention
