@@ -360,7 +360,7 @@ def plot_gains(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path)
     sizes = [len(methods) for methods in tasks.values()]
     height = sum(0.24 * size + 0.8 for size in sizes)
     figure, axes = plt.subplots(
-        len(tasks), 1, figsize=(7, height), squeeze=False, height_ratios=sizes, layout="constrained"
+        len(tasks), 1, figsize=(7, height), squeeze=False, sharex=True, height_ratios=sizes, layout="constrained"
     )
     for axis, (setting, methods) in zip(axes[:, 0], tasks.items(), strict=True):
         ordered = sorted(methods.items(), key=lambda item: item[1]["mean_loss_gain"])
@@ -369,7 +369,7 @@ def plot_gains(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path)
         spread = np.abs(ends - np.array(means))
         colours = ["tab:blue" if name.startswith("fim") else "tab:gray" for name, _ in ordered]
         places = range(len(ordered))
-        axis.errorbar(means, places, xerr=np.array(spread).T, fmt="none", ecolor=colours)
+        axis.errorbar(means, places, xerr=spread, fmt="none", ecolor=colours)
         axis.scatter(means, places, color=colours, s=14, zorder=3)
         axis.set_yticks(places, [name for name, _ in ordered], fontsize=8)
         axis.axvline(0, color="black", linewidth=0.8)

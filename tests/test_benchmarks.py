@@ -193,7 +193,7 @@ def test_steps_to_the_loss_of_uniform_lora_are_interpolated():
 
 
 def test_the_documents_have_every_method_and_a_picture(tmp_path):
-    results = [run_of(), run_of("fim-rank", loss=0.9)]
+    results = [run_of(), run_of("fim-rank", loss=0.9), run_of("random", loss=1.1)]
     report.write_docs(results, tmp_path)
     text = (tmp_path / "evidence_tables.md").read_text()
     assert "| fim-rank | +10.00 [+10.00, +10.00] |" in text
