@@ -48,12 +48,12 @@ POINTS = (
     Point("smollm2-135m", 1, 1024, 1, _WITH_LORA_GA),
     Point("smollm2-135m", 1, 2048, 1),
     Point("smollm2-135m", 1, 4096, 1),
-    Point("1001-layers", 4, 64, 4, _WITH_LORA_GA),
     Point("smollm2-360m", 2, 256, 1, _WITH_LORA_GA),
     Point("smollm2-135m", 1, 64, 4),
     Point("smollm2-135m", 16, 64, 1),
     Point("smollm2-135m", 1, 512, 2),
     Point("smollm2-1.7b", 1, 256, 1),
+    Point("1001-layers", 4, 64, 4, _WITH_LORA_GA),
 )
 GPU_POINTS = (Point("llama-3-8b", 1, 512, 2), Point("llama-3-8b", 4, 512, 2), Point("llama-3-8b", 1, 4096, 1))
 

@@ -8,6 +8,7 @@ it or ends with it, at a dot; a string of targets is a regular expression for th
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -30,13 +31,41 @@ def resolve_pattern(pattern: Mapping[str, Value] | None, names: Iterable[str], d
         Layer name to value, in the order of `names`.
     """
     resolved = dict.fromkeys(names, default)
-    unmatched = list(resolved)
+    unmatched: dict[str, list[str]] = defaultdict(list)
+    for name in resolved:
+        unmatched[_last_part(name)].append(name)
     # One key at a time: Python keeps only so many compiled expressions, and PEFT's function compiles by itself.
     for key, value in (pattern or {}).items():
-        matched = [name for name in unmatched if get_pattern_key([key], name) == key]
-        resolved.update(dict.fromkeys(matched, value))
-        unmatched = [name for name in unmatched if name not in set(matched)] if matched else unmatched
+        for last_part, group in unmatched.items():
+            if not _may_match_end(key, last_part):
+                continue
+            matched = {name for name in group if _may_match(key, name) and get_pattern_key([key], name) == key}
+            resolved.update(dict.fromkeys(matched, value))
+            if matched:
+                unmatched[last_part] = [name for name in group if name not in matched]
     return resolved
+
+
+# PEFT's own matching of a thousand keys with a thousand names takes seconds, and so it is asked only where it may say
+# yes. Of a plain key nothing but its dots, which stand for any character, has a meaning in a regular expression.
+_PLAIN_KEY = re.compile(r"[\w.]+")
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _may_match_end(key: str, last_part: str) -> bool:
+    """What follows the last dot of a plain key is matched as it is."""
+    return not _PLAIN_KEY.fullmatch(key) or last_part.endswith(_last_part(key))
+
+
+def _may_match(key: str, name: str) -> bool:
+    """A plain key matches a name that ends with it, or that has another character at one of its dots."""
+    if not _PLAIN_KEY.fullmatch(key):
+        return True
+    end = name[-len(key) :]
+    return end == key or end.count(".") < key.count(".")
 
 
 def write_pattern(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
