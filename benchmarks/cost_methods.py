@@ -149,9 +149,10 @@ class Case:
         model: PeftModel = get_peft_model(self.copy_of_model(), self.config(**options))
         return model.train()
 
-    def fim_adapter(self, batches: list[Batch]) -> PeftModel:
+    def fim_adapter(self, batches: list[Batch], exact: bool = False) -> PeftModel:
         """An adapter that awaits its ranks from so many batches."""
-        return self.adapter(init_lora_weights="fim", fim_config=FimConfig(fim_calibration_batches=len(batches)))
+        fim_config = FimConfig(fim_calibration_batches=len(batches), exact=exact)
+        return self.adapter(init_lora_weights="fim", fim_config=fim_config)
 
 
 def resolved_targets(model: nn.Module, target_modules: list[str], rank: int) -> list[str]:
@@ -192,6 +193,12 @@ def prepare_lora(case: Case, batches: list[Batch]) -> Run:
 def prepare_fim_dataloader(case: Case, batches: list[Batch]) -> Run:
     """The calibration over a dataloader, on an adapter that awaits its ranks."""
     model = case.fim_adapter(batches)
+    return lambda: _calibrate(model, batches)
+
+
+def prepare_fim_exact(case: Case, batches: list[Batch]) -> Run:
+    """The calibration over a dataloader, exact also where examples are long."""
+    model = case.fim_adapter(batches, exact=True)
     return lambda: _calibrate(model, batches)
 
 
@@ -268,6 +275,7 @@ METHODS = {
     "lora": Method("plain LoRA, forward + backward", prepare_lora),
     "fim-dataloader": Method("FIM calibration, dataloader", prepare_fim_dataloader),
     "fim-own-loop": Method("FIM hooks in a LoRA loop", prepare_fim_own_loop),
+    "fim-exact": Method("FIM calibration, dataloader, exact", prepare_fim_exact),
     "eva": Method("EVA until convergence", prepare_eva),
     "lora-ga": Method("LoRA-GA gradients", prepare_lora_ga),
 }
@@ -294,10 +302,10 @@ def timed_squared_norms(device: torch.device) -> Iterator[list[float]]:
     """
     seconds: list[float] = []
 
-    def timed(x: Tensor, g: Tensor) -> Tensor:
+    def timed(x: Tensor, g: Tensor, **options: Any) -> Tensor:
         synchronize(device)
         start = perf_counter()
-        norms = squared_norms(x, g)
+        norms = squared_norms(x, g, **options)
         synchronize(device)
         seconds.append(perf_counter() - start)
         return norms

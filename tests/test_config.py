@@ -9,6 +9,7 @@ def test_defaults_are_those_of_the_proposal():
     config = FimConfig()
     assert (config.fim_calibration_batches, config.r_min, config.r_max) == (8, 1, None)
     assert (config.adjust_scaling_factors, config.budget, config.score_exponent) == (True, "rank", 1.0)
+    assert not config.exact
 
 
 def test_a_layer_may_lose_its_adapter():
@@ -26,6 +27,7 @@ def test_a_layer_may_lose_its_adapter():
         ({"r_max": -3}, ValueError, "r_max must be at least 1, got -3"),
         ({"r_min": 5, "r_max": 4}, ValueError, "r_max=4 is below r_min=5"),
         ({"adjust_scaling_factors": 1}, TypeError, "adjust_scaling_factors must be True or False, got 1"),
+        ({"exact": "yes"}, TypeError, "exact must be True or False, got 'yes'"),
         ({"budget": "layers"}, ValueError, "budget must be one of .* got 'layers'"),
         ({"score_exponent": 0}, ValueError, "score_exponent must be positive and finite, got 0"),
         ({"score_exponent": math.inf}, ValueError, "got inf"),

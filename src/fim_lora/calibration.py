@@ -49,6 +49,7 @@ def calibrate(
     show_progress_bar: bool = True,
     loss_communicates: bool = False,
     sequences_per_example: int = 1,
+    exact: bool = False,
 ) -> FimScores:
     """Accumulate the eFIM of `layers` over some batches, in eval mode.
 
@@ -71,6 +72,7 @@ def calibrate(
             their metrics.
         sequences_per_example: Sequences that make one example, such as 2 for batches of chosen texts followed by
             the rejected ones.
+        exact: `FimConfig.exact`.
 
     Returns:
         The scores.
@@ -81,7 +83,7 @@ def calibrate(
         RuntimeError: If no batch has finite gradients, or every score is zero.
     """
     model = without_engine(model)
-    estimator = FisherEstimator(layers)
+    estimator = FisherEstimator(layers, exact=exact)
     forward_fn = forward_fn or forward_fn_default
     together = loss_communicates or is_sharded(model)
 

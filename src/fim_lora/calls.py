@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from .sketch import Sketch
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class LayerCall:
         output: The output, of a layer that is run again.
         random: State of the random numbers before the call, of a layer that is run again.
         gradient: Gradient of the loss with respect to the output.
+        sketch: The random projection through which long examples may be read; `None` to be exact.
     """
 
     args: tuple[Any, ...]
@@ -74,6 +77,7 @@ class LayerCall:
     output: Tensor | None
     random: RandomState | None
     gradient: Tensor
+    sketch: Sketch | None = None
 
     @property
     def input(self) -> Tensor:
@@ -99,7 +103,7 @@ class LayerCall:
             return value.flatten(0, 2) if keep_rows else value.flatten(1, 2)
 
         args, kwargs, output, gradient = tree_map(together, (self.args, self.kwargs, self.output, self.gradient))
-        return LayerCall(args, kwargs, output, self.random, gradient)
+        return replace(self, args=args, kwargs=kwargs, output=output, gradient=gradient)
 
     def replayed(self) -> AbstractContextManager[None]:
         """Random numbers inside are those of the call."""

@@ -35,6 +35,11 @@ class FimConfig:
         init_lora_weights: PEFT's initialisation, applied at the final ranks: `True`, `False`, `"gaussian"`,
             `"orthogonal"` (ranks are even then), `"pissa"`, `"pissa_niter_[number of iterations]"`, `"olora"`, or
             `"eva"`, which takes only its directions from EVA, and for that needs the dataloader.
+        exact: Whether the gradients of linear layers are read exactly however long the examples are. If `False`, they
+            are up to 128 positions, and up to an eighth of the width of wider layers (512 positions at a width of
+            4,096); longer examples are read through a random projection of width 16, which costs a small part of
+            the exact norm. The estimate has no bias, its standard deviation is at most 35 % of the value for one
+            example and falls with the root of the number of examples, and the reported standard error has it in it.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -54,6 +59,7 @@ class FimConfig:
     init_lora_weights: bool | str = field(
         default=True, metadata={"help": "PEFT's initialisation, applied at the final ranks"}
     )
+    exact: bool = field(default=False, metadata={"help": "Read the gradients of long examples exactly, too"})
 
     def __post_init__(self) -> None:
         _require_int("fim_calibration_batches", self.fim_calibration_batches, at_least=1)
@@ -62,8 +68,8 @@ class FimConfig:
             _require_int("r_max", self.r_max, at_least=1)
             if self.r_max < self.r_min:
                 raise ValueError(f"r_max={self.r_max} is below r_min={self.r_min}; swap or widen the bounds.")
-        if not isinstance(self.adjust_scaling_factors, bool):
-            raise TypeError(f"adjust_scaling_factors must be True or False, got {self.adjust_scaling_factors!r}.")
+        _require_bool("adjust_scaling_factors", self.adjust_scaling_factors)
+        _require_bool("exact", self.exact)
         if self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {BUDGETS}, got {self.budget!r}.")
         if isinstance(self.score_exponent, bool) or not isinstance(self.score_exponent, (int, float)):
@@ -78,6 +84,11 @@ def _require_int(name: str, value: object, at_least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}.")
+
+
+def _require_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def _require_initialisation(value: object) -> None:

@@ -32,13 +32,22 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_number() -> int:
+    """Which of them this process is.
+
+    Returns:
+        Its rank; 0 if `torch.distributed` is not in use.
+    """
+    return 0 if num_processes() == 1 else dist.get_rank()
+
+
 def is_main_process() -> bool:
     """Whether this is the process that speaks for all.
 
     Returns:
         Whether it is process 0, or the only one.
     """
-    return num_processes() == 1 or dist.get_rank() == 0
+    return process_number() == 0
 
 
 def gathered(function: Callable[[], T]) -> list[T]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -22,11 +22,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .calls import LayerCall, RandomState, SavedCall, input_of
-from .distributed import gathered
+from .distributed import gathered, process_number
 from .examples import UnattributableError, batch_size_of
 from .fisher_sums import FisherSums
 from .layer_types import TENSOR_PARALLELISM, TargetLayer, target_layer
 from .scores import FimScores
+from .sketch import Sketch
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -43,17 +44,21 @@ class FisherEstimator:
     Args:
         layers: Name, as in the base model, to target layer, PEFT's LoRA layer or base layer.
         max_batches: After so many backward passes the hooks remove themselves; `None` for no limit.
+        exact: Whether long examples are read exactly, too, and not through a random projection; see `FimConfig`.
 
     Raises:
         TypeError: If a layer's class is not registered in `layer_types`.
     """
 
-    def __init__(self, layers: Mapping[str, TargetLayer | nn.Module], max_batches: int | None = None) -> None:
+    def __init__(
+        self, layers: Mapping[str, TargetLayer | nn.Module], max_batches: int | None = None, exact: bool = False
+    ) -> None:
         self.layers = {
             name: layer if isinstance(layer, TargetLayer) else target_layer(name, layer)
             for name, layer in layers.items()
         }
         self.max_batches = max_batches
+        self.exact = exact
         self.paused = False
         self._sums = FisherSums.of(list(self.layers))
         self._pass = _Pass()
@@ -138,11 +143,11 @@ class FisherEstimator:
         finished, self._pass = self._pass, _Pass()
         if not finished.counts:
             return
+        for name, calls in finished.waiting.items():
+            finished.norms[name] = self._norms(name, calls, finished)
         self._sums.num_batches += 1
         if self.num_batches == self.max_batches:
             self.detach()
-        for name, calls in finished.waiting.items():
-            finished.norms[name] = self._norms(name, calls, finished)
         self._accumulate(finished)
 
     def scores(self) -> FimScores:
@@ -236,6 +241,8 @@ class FisherEstimator:
         if current.sequences_per_example > 1:
             sequences, keep_rows = current.sequences_per_example, layer.layer_type.runs_again
             calls = [call.by_pairs(size, sequences, keep_rows) for call in calls]
+        sketch = None if self.exact else Sketch(name, self.num_batches, process_number())
+        calls = [replace(call, sketch=sketch) for call in calls]
         was_paused, self.paused = self.paused, True  # a layer that is run again may have watched layers inside
         try:
             # G_t = B · g_tᵀ x_t, because the loss is the mean over examples of ℓ_t.
@@ -246,6 +253,8 @@ class FisherEstimator:
             return layer.layer_type.squared_norms(layer, calls, 1) * size
         finally:
             self.paused = was_paused
+            if sketch is not None and sketch.used:
+                self._sums.sketched.add(name)
 
     def _accumulate(self, finished: _Pass) -> None:
         names = list(finished.norms)

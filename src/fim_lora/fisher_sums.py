@@ -35,6 +35,7 @@ class FisherSums:
         num_skipped_batches: Batches left out, because the loss or a gradient was not finite.
         reached: Layers that took part in a loss.
         unattributed: Layers whose rows belonged to no example in some batch.
+        sketched: Layers that were read through a random projection in some batch.
     """
 
     moments: dict[str, RunningMoments]
@@ -42,6 +43,7 @@ class FisherSums:
     num_skipped_batches: int = 0
     reached: set[str] = field(default_factory=set)
     unattributed: set[str] = field(default_factory=set)
+    sketched: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, names: Sequence[str]) -> FisherSums:
@@ -82,6 +84,7 @@ class FisherSums:
             sum(sums.num_skipped_batches for sums in several),
             set().union(*(sums.reached for sums in several)),
             set().union(*(sums.unattributed for sums in several)),
+            set().union(*(sums.sketched for sums in several)),
         )
 
     def add(self, norms: Mapping[str, np.ndarray[Any, np.dtype[np.float64]]], batch_size: int) -> None:
@@ -135,6 +138,7 @@ class FisherSums:
             shape=(weight.d_out, weight.d_in),
             parameters_per_rank=weight.parameters_per_rank,
             rank_step=weight.rank_step,
+            exact=name not in self.sketched,
         )
 
     def _warn(self, layers: Mapping[str, TargetLayer]) -> None:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from .sketch import WIDTH, Sketch, most_exact_positions, random_signs
+
 MAX_TEMPORARY_BYTES = 64 * 2**20
 """Bound of the temporary memory of the norms of matrices, in bytes, whatever the batch and the length."""
 
@@ -25,15 +27,19 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
-def squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMPORARY_BYTES) -> Tensor:
+def squared_norms(
+    x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMPORARY_BYTES, sketch: Sketch | None = None
+) -> Tensor:
     """`‖g_tᵀ x_t‖²_F` of every example t, in the cheaper of two forms (Bu et al. 2022, arXiv:2205.10683).
 
-    Computed in float32, or in float64 if a tensor is float64, whatever autocast says.
+    Computed in float32, or in float64 if a tensor is float64, whatever autocast says. Long examples may be read
+    through a random projection instead.
 
     Args:
         x: Input of the layer (B × T × d_in).
         g: Gradient of its output (B × T × d_out).
         max_temporary_bytes: Bound of the temporary memory, in bytes.
+        sketch: The projection for examples of more than `most_exact_positions`; `None` to be exact in any case.
 
     Returns:
         Squared norms (B), float32 or float64.
@@ -44,6 +50,8 @@ def squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMPORARY
     gram_is_cheaper = positions * (d_in + d_out) < d_in * d_out
     form = gram_squared_norms if gram_is_cheaper else materialised_squared_norms
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if sketch is not None and positions > most_exact_positions(d_in, d_out):
+            return sketched_squared_norms(x, g, sketch, max_temporary_bytes)
         return form(x, g, max_temporary_bytes)
 
 
@@ -114,6 +122,48 @@ def materialised_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = 
             for span in _slices(positions, block):
                 gradient.baddbmm_(g[some, span, out].to(dtype).mT, x[some, span].to(dtype))
             norms[some] += torch.linalg.vector_norm(gradient, dim=(1, 2)).square()
+    return norms
+
+
+def sketched_squared_norms(
+    x: Tensor, g: Tensor, sketch: Sketch, max_temporary_bytes: int = MAX_TEMPORARY_BYTES
+) -> Tensor:
+    """`(1/k) Σ_j ‖G_t ω_j‖²` with random signs ω, `2 T k (d_in + d_out)` operations per example.
+
+    An estimate without bias (Hutchinson 1990, of the trace of `G_tᵀ G_t`), of which the variance is at most
+    `2/k · ‖G_tᵀ G_t‖²_F`, so its standard deviation is at most `sqrt(2/k)` of the value; equality is approached
+    where `G_t` has rank one, and r equal singular values divide it by `sqrt(r)`. Every example has signs of its own,
+    so the standard error over examples has this noise in it.
+
+    Args:
+        x: Input of the layer (B × T × d_in).
+        g: Gradient of its output (B × T × d_out).
+        sketch: Draws the signs.
+        max_temporary_bytes: Bound of the temporary memory, in bytes: signs, their products with `x` and `g`, and
+            copies of positions of `x` and `g` in the precision of the computation.
+
+    Returns:
+        Estimates (B), float32 or float64.
+    """
+    if x.shape[2] > g.shape[2]:
+        x, g = g, x  # the norm of the transpose is the same, and the narrower side needs fewer signs
+    dtype = _compute_dtype(x, g)
+    examples, positions, d_in, d_out = *x.shape, g.shape[2]
+    # Half of the memory for the signs and G ω, half for x ω and the copies.
+    half = max_temporary_bytes // dtype.itemsize // 2
+    per_position = WIDTH + _copied_features(x, g, dtype)
+    block = min(max(half // per_position, 1), positions)
+    group = max(min(half // (WIDTH * (d_in + d_out)), half // (block * per_position)), 1)
+    generator = sketch.generator(x.device)
+
+    norms = x.new_zeros(examples, dtype=dtype)
+    for some in _slices(examples, group):
+        size = some.stop - some.start
+        signs = random_signs((size, d_in, WIDTH), generator, dtype)
+        product = x.new_zeros((size, d_out, WIDTH), dtype=dtype)
+        for span in _slices(positions, block):
+            product.baddbmm_(g[some, span].to(dtype).mT, x[some, span].to(dtype) @ signs)
+        norms[some] = torch.linalg.vector_norm(product, dim=(1, 2)).square() / WIDTH
     return norms
 
 

@@ -200,7 +200,7 @@ def get_fim_scores(
             "its result."
         )
     targets = resolve_targets(model, peft_config)
-    return calibrate(model, targets, dataloader, _num_batches(peft_config), forward_fn, show_progress_bar)
+    return _calibrated(model, targets, dataloader, peft_config, forward_fn, show_progress_bar)
 
 
 def _scores_of_adapter(
@@ -212,7 +212,20 @@ def _scores_of_adapter(
     show_progress_bar: bool,
 ) -> FimScores:
     with lora_layers_disabled(model):
-        return calibrate(model, layers, dataloader, _num_batches(config), forward_fn, show_progress_bar)
+        return _calibrated(model, layers, dataloader, config, forward_fn, show_progress_bar)
+
+
+def _calibrated(
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    dataloader: Iterable[Any],
+    config: LoraConfig,
+    forward_fn: ForwardFn | None,
+    show_progress_bar: bool,
+) -> FimScores:
+    fim_config = getattr(config, "fim_config", None) or FimConfig()
+    num_batches = fim_config.fim_calibration_batches
+    return calibrate(model, layers, dataloader, num_batches, forward_fn, show_progress_bar, exact=fim_config.exact)
 
 
 def _require_same_ranks(allocation: RankAllocation) -> None:
@@ -295,8 +308,3 @@ def _lora_config(model: nn.Module, adapter_name: str) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise ValueError(f"Adapter {adapter_name!r} is not a LoRA adapter but {type(config).__name__}.")
     return cast(LoraConfig, config)
-
-
-def _num_batches(config: LoraConfig) -> int:
-    fim_config = getattr(config, "fim_config", None) or FimConfig()
-    return fim_config.fim_calibration_batches

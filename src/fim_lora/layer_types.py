@@ -218,6 +218,8 @@ def _parameter_weight(layer: Any) -> Weight:
 def linear_squared_norms(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """A linear layer, quantised or not: `G_t = g_tᵀ x_t`; every dimension before the features is a position.
 
+    Long examples are read through `LayerCall.sketch`, if there is one.
+
     Args:
         target: The layer.
         calls: Calls with input (B × … × d_in) and gradient (B × … × d_out).
@@ -238,7 +240,8 @@ def linear_squared_norms(target: TargetLayer, calls: Sequence[LayerCall], batch_
                 f"{found}. {TENSOR_PARALLELISM}"
             )
     pairs = [by_example(call.input, call.gradient, batch_size) for call in calls]
-    return squared_norms(*_concatenated([(_positions(x), _positions(g)) for x, g in pairs]))
+    x, g = _concatenated([(_positions(x), _positions(g)) for x, g in pairs])
+    return squared_norms(x, g, sketch=calls[0].sketch)
 
 
 @register_layer_type(nn.Embedding, weight=_embedding_weight)

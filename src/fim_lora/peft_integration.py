@@ -215,7 +215,8 @@ def _put_on_devices(model: nn.Module, adapter_name: str, config: LoraConfig) -> 
 
 
 def _watch(tuner: LoraModel, model: nn.Module, adapter_name: str, fim_config: FimConfig) -> None:
-    estimator = FisherEstimator(adapter_layers(model, adapter_name), fim_config.fim_calibration_batches)
+    layers, most = adapter_layers(model, adapter_name), fim_config.fim_calibration_batches
+    estimator = FisherEstimator(layers, most, fim_config.exact)
     forget_estimator(model, adapter_name)  # of an adapter of that name that was unloaded
     # Some PeftModels call the tuner, and it the `forward` of the model; others call the model itself.
     estimator.attach(tuner, model)

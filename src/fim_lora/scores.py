@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, cast
 
-from .json_files import InvalidFileError, integer, layer_name, number, read_json, write_json
+from .json_files import InvalidFileError, boolean, integer, layer_name, number, read_json, write_json
 
 SCHEMA_VERSION = 1
 
@@ -28,6 +28,8 @@ class LayerScore:
         parameters_per_rank: Adapter parameters that one more rank costs. `None` is replaced by `d_in + d_out`,
             which is right for one d_out × d_in matrix.
         rank_step: The rank must be a multiple of it, such as the groups of a grouped convolution in PEFT.
+        exact: Whether the gradients of the examples were read exactly. Otherwise long ones were read through a random
+            projection, which adds no bias, and noise that `standard_error` has in it; see `FimConfig.exact`.
     """
 
     mean: float
@@ -36,6 +38,7 @@ class LayerScore:
     shape: tuple[int, int]
     parameters_per_rank: int | None = None
     rank_step: int = 1
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and self.mean >= 0):
@@ -91,6 +94,13 @@ class FimScores(Mapping[str, LayerScore]):
     def num_examples(self) -> int:
         """Calibration examples that went into the scores."""
         return max((score.num_examples for score in self.values()), default=0)
+
+    @property
+    def measured(self) -> str:
+        """What they were measured on and how, for people to read."""
+        text = f"{self.num_examples:,} examples in {self.num_batches:,} batches"
+        projected = sum(not score.exact for score in self.values())
+        return text if projected == 0 else f"{text}, {projected} of {len(self)} layers through a random projection"
 
     @property
     def means(self) -> dict[str, float]:
@@ -180,6 +190,7 @@ def _layer_from_dict(content: Mapping[str, Any]) -> LayerScore:
         shape=_shape(content["shape"]),
         parameters_per_rank=None if parameters_per_rank is None else integer(parameters_per_rank, 1),
         rank_step=integer(content.get("rank_step", 1), 1),
+        exact=boolean(content.get("exact", True)),
     )
 
 

@@ -99,16 +99,18 @@ def _require_beginning(trainer: Trainer) -> None:
 def _scores(trainer: Trainer, batches: Any, adapter_name: str, show_progress_bar: bool) -> FimScores:
     model = trainer.model
     pairs = any(parent.__name__ in _TRAINERS_OF_PAIRS for parent in type(trainer).__mro__)
+    fim_config = model.peft_config[adapter_name].fim_config
     with lora_layers_disabled(model):
         return calibrate(
             model,
             adapter_layers(model, adapter_name),
             batches,
-            model.peft_config[adapter_name].fim_config.fim_calibration_batches,
+            fim_config.fim_calibration_batches,
             _forward_fn(trainer),
             show_progress_bar,
             loss_communicates=True,
             sequences_per_example=2 if pairs else 1,
+            exact=fim_config.exact,
         )
 
 

@@ -98,6 +98,9 @@ def _allocate(
     score_exponent: Annotated[
         float, typer.Option(help="Ranks are proportional to score ** exponent; below 1 is softer.", metavar="X")
     ] = FimConfig.score_exponent,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Read long examples exactly, too, not through a random projection.")
+    ] = FimConfig.exact,
     lora_alpha: Annotated[int | None, typer.Option(help="lora_alpha.", metavar="N", show_default="r", min=1)] = None,
     target_modules: Annotated[
         str | None,
@@ -146,7 +149,7 @@ def _allocate(
         r=r,
         lora_alpha=r if lora_alpha is None else lora_alpha,
         target_modules=_target_modules(target_modules),
-        fim_config=_fim_config(r, batches, r_min, r_max, budget, score_exponent),
+        fim_config=_fim_config(r, batches, r_min, r_max, budget, score_exponent, exact),
         batch_size=batch_size,
         max_length=max_length,
         task=cast(Task, task),
@@ -205,7 +208,9 @@ def _require_choice(option: str, value: str, choices: Sequence[str]) -> None:
         raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.", param_hint=f"'{option}'")
 
 
-def _fim_config(r: int, batches: int, r_min: int, r_max: int | None, budget: str, score_exponent: float) -> FimConfig:
+def _fim_config(
+    r: int, batches: int, r_min: int, r_max: int | None, budget: str, score_exponent: float, exact: bool
+) -> FimConfig:
     if r_min > r:
         raise typer.BadParameter(f"{r_min} is above -r {r}.", param_hint="'--r-min'")
     if r_max is not None and r_max < r:
@@ -217,6 +222,7 @@ def _fim_config(r: int, batches: int, r_min: int, r_max: int | None, budget: str
             r_max=r_max,
             budget=cast(Budget, budget),
             score_exponent=score_exponent,
+            exact=exact,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -62,7 +62,7 @@ def _facts(allocation: RankAllocation) -> dict[str, str]:
         "Budget": f"{allocation.budget_used:,} of {allocation.budget:,} {unit} used",
         "Ranks": f"{min(ranks)} to {max(ranks)} in {len(ranks)} layers (uniform: {allocation.r})",
         "Adapter": f"{allocation.num_parameters:,} parameters (uniform: {uniform:,})",
-        "eFIM": f"{allocation.num_examples:,} examples in {allocation.num_batches:,} batches",
+        "eFIM": allocation.scores.measured,
     }
 
 
