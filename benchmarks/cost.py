@@ -66,6 +66,8 @@ from cost_methods import (
 from cost_shapes import PREFIX, pass_operations, random_batches, random_model
 from peak_memory import ALLOCATOR_ENVIRONMENT, MIB, extra_peak
 
+DTYPES = ("float32", "bfloat16")
+
 
 @dataclass
 class Row:
@@ -201,8 +203,9 @@ def physical_limit(case: Case, batch_size: int, length: int, device: torch.devic
     """
     operations = pass_operations(case.model, batch_size, length)
     size = 2048
-    left, right = torch.randn(2, size, size, device=device)
-    product = torch.empty(size, size, device=device)
+    dtype = next(case.model.parameters()).dtype
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    product = torch.empty(size, size, device=device, dtype=dtype)
 
     def multiply() -> None:
         torch.mm(left, right, out=product)
@@ -360,6 +363,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
     parser.add_argument("--device", type=torch.device, default=None, help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the frozen model (%(default)s)")
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     for name in ("batch_size", "length", "batches", "repeats", "eva_repeats", "r"):
@@ -380,6 +384,7 @@ def load_case(arguments: argparse.Namespace) -> tuple[Case, list[Batch]]:
     else:
         model, tokenizer = load_model(arguments.model, arguments.device)
         batches = make_batches(tokenizer, arguments.data, *size)
+    model.to(getattr(torch, arguments.dtype))
     return Case(model, resolved_targets(model, arguments.target_modules, arguments.r), arguments.r), batches
 
 
@@ -397,7 +402,7 @@ def describe_settings(arguments: argparse.Namespace, case: Case) -> dict[str, An
         "batches": arguments.batches,
         "repeats": arguments.repeats,
         "device": str(arguments.device),
-        "dtype": "float32",
+        "dtype": arguments.dtype,
     }
 
 

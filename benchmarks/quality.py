@@ -1,14 +1,20 @@
 """What ranks gain: trains adapters of equal size by every method, with the same data, order and classifier per seed.
 
     python benchmarks/quality.py --data FOLDER --encoder FOLDER --decoder FILE.gguf
+    python benchmarks/quality.py --data FOLDER --encoder FOLDER --quick     # one small comparison, ten minutes
 
 One run is one task, targets, rank, method, learning rate and seed. It writes one JSON file below `--results`; what has
 its file is not run again, so the command can be stopped and started, and several can share the work (`--share 1/2`).
 Nothing is overwritten. `benchmarks/report.py` makes tables and plots of them.
 
-Every method sees the same learning rates, steps, schedule, batches in the same order and classifier values per seed,
-and the same calibration batches, which come from the training split. The learning rate of a method is chosen by the
-report on the development split, which is never reported on.
+Every method sees the same steps, schedule, batches in the same order and classifier values per seed, and the same
+calibration batches, which come from the training split.
+
+The learning rate is tuned for every method on its own, by the same rule. With the first seed, a method is run with
+every learning rate of the grid. As long as the one with the lowest loss on the development split, which is never
+reported on, is the largest or the smallest of those that were run, the next one beyond it, by a factor of two, is
+run, too, but at most four of them (`--extra-rates`). So no method is held at an end of a grid that suits another one
+better. With the other seeds it is then run with its best learning rate only.
 """
 
 from __future__ import annotations
@@ -22,10 +28,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -42,13 +47,14 @@ from quality_tasks import (
     Task,
     batches,
     evaluate,
+    exact_match,
     load_model,
     load_splits,
     load_tokenizer,
     training_order,
 )
 from quality_variants import VARIANTS
-from report import TUNED_BY, score
+from report import TUNED_BY, best_rate
 
 METHODS = COMPARED | VARIANTS
 """Name to method."""
@@ -65,8 +71,23 @@ MEASURED_EVERY = 20
 """Steps between two measurements of the loss on the first `MEASURED_ON` examples of the development split."""
 
 MEASURED_ON = 128
+ANSWERED_AT_ONCE = 16
 
-_MOST_SEEDS = 100
+QUICK: dict[str, Any] = {
+    "results": Path(__file__).parent / "results" / "quality-quick",
+    "tasks": ["banking77"],
+    "targets": ["all-linear"],
+    "ranks": [2],
+    "methods": [
+        "uniform", "fim-rank", "fim-parameters", "random", "lora_B-gradient", "eva-rho-2", "adalora", "lora-ga",
+    ],
+    "seeds": [0, 1],
+    "steps": 60,
+    "learning_rates": [2e-3, 4e-3],
+    "extra_rates": 0,
+}  # fmt: skip
+"""What `--quick` means for the options that are not given."""
+
 _VERSIONS_OF = ("fim-lora", "peft", "transformers", "torch")
 
 
@@ -82,6 +103,7 @@ class Run:
         learning_rate: Peak.
         seed: Of everything that is random.
         steps: Training steps.
+        dtype: Precision of the pretrained model; what is trained is in float32.
     """
 
     task: str
@@ -91,20 +113,22 @@ class Run:
     learning_rate: float
     seed: int
     steps: int
+    dtype: str = "float32"
 
     @property
     def file(self) -> Path:
         """Where the result goes, below the folder of results."""
         method = self.method.replace("/", "_")
         name = f"{method}-lr{self.learning_rate:g}-seed{self.seed}.json"
-        return Path(self.task) / f"{self.targets}-r{self.rank}-{self.steps}steps" / name
+        precision = "" if self.dtype == "float32" else f"-{self.dtype}"
+        return Path(self.task) / f"{self.targets}-r{self.rank}-{self.steps}steps{precision}" / name
 
 
 class Bench:
     """Models and data, read once."""
 
-    def __init__(self, source: str, models: dict[bool, str], device: torch.device, dtype: torch.dtype) -> None:
-        self.source, self.models, self.device, self.dtype = source, models, device, dtype
+    def __init__(self, source: str, models: dict[bool, str], device: torch.device) -> None:
+        self.source, self.models, self.device = source, models, device
         self._splits: dict[str, tuple[Splits, Any]] = {}
         self._last_key: Run | None = None
         self._last_adapted: tuple[Any, float] = None, 0.0
@@ -116,11 +140,12 @@ class Bench:
             self._splits[task.name] = load_splits(task, self.source, tokenizer), tokenizer
         return self._splits[task.name]
 
-    def result(self, run: Run) -> dict[str, Any]:
+    def result(self, run: Run, num_answers: int = 0) -> dict[str, Any]:
         """Train and measure.
 
         Args:
             run: The run.
+            num_answers: Test questions to answer for the exact match, if the task asks questions.
 
         Returns:
             The content of its file.
@@ -139,10 +164,15 @@ class Bench:
                 part = splits.development[:MEASURED_ON]
                 curve.append([step, self._measure(model, task, part, pad)["loss"]])
         development = self._measure(model, task, splits.development, pad)
+        test = self._measure(model, task, splits.test, pad)
+        if task.causal and num_answers:
+            questions = splits.test[:num_answers]
+            test["exact_match"] = exact_match(model, questions, tokenizer, ANSWERED_AT_ONCE, self.device)
+            test["exact_match_examples"] = len(questions)
         return {
             "run": asdict(run),
             "development": development,
-            "test": self._measure(model, task, splits.test, pad),
+            "test": test,
             "curve": curve,
             "adapter_parameters": adapter_parameters(model),
             "initial_adapter_parameters": initial_parameters,
@@ -173,7 +203,8 @@ class Bench:
         task = TASKS[run.task]
         splits, tokenizer = self.splits(task)
         size, pad = task.batch_size, tokenizer.pad_token_id
-        model = load_model(task, self.models[task.causal], splits.num_labels, run.seed, self.device, self.dtype)
+        dtype = getattr(torch, run.dtype)
+        model = load_model(task, self.models[task.causal], splits.num_labels, run.seed, self.device, dtype)
         model.config.pad_token_id = pad
         calibration = list(batches(self._chosen(run)[: CALIBRATION_BATCHES * size], size, pad, self.device))
         task_type = "CAUSAL_LM" if task.causal else "SEQ_CLS"
@@ -229,52 +260,106 @@ def environment() -> dict[str, Any]:
     return {"revision": described.stdout.strip(), "versions": versions, "machine": platform.machine(), "gpu": gpu}
 
 
-def planned_runs(options: argparse.Namespace) -> list[Run]:
-    """The grid, seed by seed, so that a part of it is already a comparison.
+def shared_settings(options: argparse.Namespace) -> list[list[Run]]:
+    """The part of the work that is this command's.
 
     Args:
         options: From the command line.
 
     Returns:
-        The runs.
+        For each task, targets and rank, in which methods are compared, one run for each method that falls to this
+        share, with the first seed and no learning rate yet.
     """
     part, parts = map(int, options.share.split("/"))
-    runs = []
-    product = itertools.product(options.seeds, options.tasks, options.targets, options.ranks, options.methods)
-    for seed, name, targets, rank, method in list(product)[part - 1 :: parts]:
-        task = TASKS[name]
-        steps = options.steps or task.steps
-        rates = options.learning_rates or task.learning_rates
-        run = Run(name, targets, rank, method, 0.0, seed, steps)
-        if options.tuned:
-            rates = [tuned_learning_rate(options.results, run, rates)]
-        runs += [replace(run, learning_rate=rate) for rate in rates]
-    return runs
+    product = itertools.product(options.tasks, options.targets, options.ranks, options.methods)
+    runs = [
+        Run(task, targets, rank, method, 0.0, options.seeds[0], options.steps or TASKS[task].steps, options.dtype)
+        for task, targets, rank, method in list(product)[part - 1 :: parts]
+    ]
+    return [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.file.parent)]
 
 
-def tuned_learning_rate(folder: Path, run: Run, rates: Sequence[float]) -> float:
-    """The best learning rate by the development split, over the seeds that were run with all of them.
+def tuned_rate(
+    known: Mapping[float, float], grid: Sequence[float], extra_rates: int, loss_of: Callable[[float], float]
+) -> float:
+    """Choose a learning rate: the grid, and on from its end as long as the best one is there.
 
     Args:
-        folder: The results.
-        run: A run, whose learning rate and seed do not matter.
-        rates: The grid.
+        known: Learning rates that were run before, in the grid or not, to loss on the development split.
+        grid: The grid to start from.
+        extra_rates: How many rates beside the grid may be run, with those that were run before.
+        loss_of: Runs a learning rate, and returns its loss.
 
     Returns:
-        One of the rates.
-
-    Raises:
-        FileNotFoundError: If no seed was run with the whole grid.
+        The best one.
     """
-    scores: dict[float, list[float]] = {rate: [] for rate in rates}
-    for seed in range(_MOST_SEEDS):
-        files = {rate: folder / replace(run, learning_rate=rate, seed=seed).file for rate in rates}
-        if all(file.exists() for file in files.values()):
-            for rate, file in files.items():
-                scores[rate].append(score(json.loads(file.read_text()), "development", TUNED_BY))
-    if not scores[rates[0]]:
-        raise FileNotFoundError(f"No seed of {run.file.parent} was run by {run.method} with all of {rates}.")
-    return max(rates, key=lambda rate: mean(scores[rate]))
+    losses = dict(known)
+    for rate in grid:
+        losses[rate] = losses[rate] if rate in losses else loss_of(rate)
+    while len(losses.keys() - set(grid)) < extra_rates:
+        rate = best_rate(losses)
+        if rate not in (min(losses), max(losses)):
+            break
+        beyond = 2 * rate if rate == max(losses) else rate / 2
+        losses[beyond] = loss_of(beyond)
+    return best_rate(losses)
+
+
+class Results:
+    """The files of the results, which are made where they are missing."""
+
+    def __init__(self, folder: Path, make: Callable[[Run, bool], dict[str, Any]]) -> None:
+        self.folder, self.make = folder, make
+
+    def get(self, run: Run, *, tuning: bool) -> dict[str, Any]:
+        """Read a result, or run and write it.
+
+        Args:
+            run: The run.
+            tuning: Whether it is only to choose a learning rate.
+
+        Returns:
+            The content of its file.
+        """
+        path = self.folder / run.file
+        if not path.exists():
+            write(path, self.make(run, tuning))
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+
+    def known_losses(self, run: Run) -> dict[float, float]:
+        """The learning rates that there are.
+
+        Args:
+            run: A run, whose learning rate does not matter.
+
+        Returns:
+            Learning rate to loss on the development split.
+        """
+        file = self.folder / run.file
+        pattern = file.name.replace(f"-lr{run.learning_rate:g}-", "-lr*-")
+        found = [json.loads(path.read_text()) for path in file.parent.glob(pattern)]
+        return {content["run"]["learning_rate"]: content["development"][TUNED_BY] for content in found}
+
+    def tuned(self, run: Run, grid: Sequence[float], extra_rates: int, *, tuning: bool) -> Run:
+        """Tune a run.
+
+        Args:
+            run: The run, without a learning rate.
+            grid: The learning rates to start from.
+            extra_rates: How many beside them.
+            tuning: Whether its runs are only to choose a learning rate.
+
+        Returns:
+            The run with its best learning rate.
+        """
+
+        def loss_of(rate: float) -> float:
+            content = self.get(replace(run, learning_rate=rate), tuning=tuning)
+            loss: float = content["development"][TUNED_BY]
+            return loss
+
+        return replace(run, learning_rate=tuned_rate(self.known_losses(run), grid, extra_rates, loss_of))
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -293,36 +378,91 @@ def write(path: Path, content: dict[str, Any]) -> None:
         temporary.unlink()
 
 
-def main() -> None:
-    """Run what has no result yet."""
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options.
+
+    Args:
+        arguments: Of the command line; `None` for those of this process.
+
+    Returns:
+        The options, with those of `QUICK` where they are asked for and nothing else is given.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help=f"folder with the files of the tasks, or {HUB!r}")
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="hub id or folder")
     parser.add_argument("--decoder", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id, folder or GGUF file")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "quality")
+    parser.add_argument("--quick", action="store_true", help="a small grid, with results in a folder of its own")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument(
         "--targets", nargs="+", choices=["attention", "all-linear"], default=["attention", "all-linear"]
     )
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
-    parser.add_argument("--learning-rates", nargs="+", type=float, help="instead of those of the task")
-    parser.add_argument("--steps", type=int, help="instead of those of the task")
-    parser.add_argument("--tuned", action="store_true", help="only the learning rate that is the best so far")
-    parser.add_argument("--share", default="1/1", help="K/N: only every N-th part of the work, from the K-th on")
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options = parser.parse_args()
-    runs = planned_runs(options)
-    missing = [run for run in runs if not (options.results / run.file).exists()]
-    print(f"{len(missing)} of {len(runs)} runs to do")
-    bench = Bench(
-        options.data, {True: options.decoder, False: options.encoder}, options.device, getattr(torch, options.dtype)
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=list(range(5)), help="the first one chooses the learning rate"
     )
-    about = environment() | {"dtype": options.dtype}
-    for run in tqdm(missing):
-        write(options.results / run.file, bench.result(run) | {"environment": about})
+    parser.add_argument(
+        "--learning-rates", nargs="+", type=float, help="the grid to start from, instead of the task's"
+    )
+    parser.add_argument("--extra-rates", type=int, default=4, help="how many more, beyond an end that is the best")
+    parser.add_argument("--tuning-only", action="store_true", help="only the first seed")
+    parser.add_argument("--steps", type=int, help="instead of those of the task")
+    parser.add_argument(
+        "--exact-match",
+        type=int,
+        default=0,
+        metavar="N",
+        help="answer the first N test questions, if the task asks any; not in runs that only choose a learning rate, "
+        "which are those of the first seed where there are others",
+    )
+    parser.add_argument("--share", default="1/1", help="K/N: only every N-th method and setting, from the K-th on")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model; adapters are in float32"
+    )
+    if parser.parse_args(arguments).quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args(arguments)
+
+
+def run_all(options: argparse.Namespace, results: Results) -> None:
+    """Tune every method of a setting, and then run them seed by seed, so that a part of it is already a comparison.
+
+    Args:
+        options: From the command line.
+        results: What there is, and what makes the rest.
+    """
+    seeds = [] if options.tuning_only else options.seeds[1:]
+    for runs in shared_settings(options):
+        tuned = [
+            results.tuned(
+                run,
+                options.learning_rates or TASKS[run.task].learning_rates,
+                options.extra_rates,
+                tuning=len(options.seeds) > 1,
+            )
+            for run in runs
+        ]
+        for seed, run in itertools.product(seeds, tuned):
+            results.get(replace(run, seed=seed), tuning=False)
+
+
+def main() -> None:
+    """Run what has no result yet."""
+    options = parsed()
+    bench = Bench(options.data, {True: options.decoder, False: options.encoder}, options.device)
+    about = environment()
+    # How many runs there will be is known when all learning rates are.
+    with tqdm(unit="run") as progress:
+
+        def make(run: Run, tuning: bool) -> dict[str, Any]:
+            progress.set_postfix_str(str(run.file), refresh=True)
+            result = bench.result(run, 0 if tuning else options.exact_match)
+            progress.update()
+            return result | {"environment": about}
+
+        run_all(options, Results(options.results, make))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ allocation of fim-lora included, so that the comparison is about the score.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ SCALING = 2.0
 """`lora_alpha / r` of every layer, whatever its rank."""
 
 _PERMUTATIONS = 2000
+_SWAPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -153,16 +154,63 @@ def _random(setting: Setting) -> Any:
     allocation = RankAllocation.from_scores(fim_scores(setting), config)
     costs = allocation.scores.parameters_per_rank
     draw = random.Random(f"ranks {setting.seed}")
-    limit = config.r * sum(costs.values())
-    best: dict[str, int] = {}
-    most = -1
+    ranks = ranks_on_other_layers(allocation.ranks, costs, config.r * sum(costs.values()), draw)
+    return setting.adapted(with_ranks(allocation, ranks).to_lora_config(config))
+
+
+def ranks_on_other_layers(
+    ranks: Mapping[str, int], costs: Mapping[str, int], limit: int, draw: random.Random
+) -> dict[str, int]:
+    """Give the same ranks to random layers, within a number of parameters and near it.
+
+    Args:
+        ranks: Layer to rank.
+        costs: Layer to parameters of one rank, of the same layers in the same order.
+        limit: Parameters in all.
+        draw: Where chance comes from.
+
+    Returns:
+        The shuffle with the most parameters within the limit. Where none of many is within it, random swaps of two
+        layers' ranks lead there from the last one.
+
+    Raises:
+        RuntimeError: If they do not.
+    """
+    best, most = list(ranks.values()), -1
     for _ in range(_PERMUTATIONS):
-        ranks = list(allocation.ranks.values())
-        draw.shuffle(ranks)
-        size = sum(rank * costs[name] for name, rank in zip(costs, ranks, strict=True))
+        shuffled = list(ranks.values())
+        draw.shuffle(shuffled)
+        size = _parameters(shuffled, costs)
         if most < size <= limit:
-            best, most = dict(zip(costs, ranks, strict=True)), size
-    return setting.adapted(with_ranks(allocation, best).to_lora_config(config))
+            best, most = shuffled, size
+    if most < 0:
+        best = _swapped(shuffled, list(costs.values()), limit, draw)
+    if _parameters(best, costs) > limit:
+        layers = ", ".join(sorted(costs, key=lambda name: -costs[name])[:3])
+        raise RuntimeError(
+            f"The ranks {sorted(ranks.values())} of {len(ranks)} layers (the largest: {layers}) were on no other "
+            f"layers within {limit} parameters."
+        )
+    return dict(zip(costs, best, strict=True))
+
+
+def _parameters(ranks: Sequence[int], costs: Mapping[str, int]) -> int:
+    return sum(rank * cost for rank, cost in zip(ranks, costs.values(), strict=True))
+
+
+def _swapped(ranks: Sequence[int], costs: Sequence[int], limit: int, draw: random.Random) -> list[int]:
+    """Random swaps of two ranks that lower the parameters to the limit, and then raise them within it.
+
+    Above the limit there is always a swap that lowers them, unless no order of the ranks has fewer.
+    """
+    ranks = list(ranks)
+    size = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    for _ in range(_SWAPS):
+        one, other = draw.randrange(len(ranks)), draw.randrange(len(ranks))
+        changed = size + (ranks[one] - ranks[other]) * (costs[other] - costs[one])
+        if changed < size if size > limit else size <= changed <= limit:
+            ranks[one], ranks[other], size = ranks[other], ranks[one], changed
+    return ranks
 
 
 def _inverse(setting: Setting) -> Any:
@@ -197,6 +245,10 @@ def _eva(rho: float) -> Method:
         model = setting.adapted(config).eval()
         directions = get_eva_state_dict(model, setting.calibration, show_progress_bar=False)
         initialize_lora_eva_weights(model, eva_state_dict=_truncated(directions, model, setting.rank))
+        # Of a layer whose rank it changed it makes new weights, in the precision of the model.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         return model
 
     return adapter
@@ -245,6 +297,10 @@ def _adalora(setting: Setting) -> Any:
         task_type=setting.task_type,
     )
     model = setting.adapted(config)
+    # It counts ranks and is not trained, but PEFT makes a trained parameter of it where it casts it to float32.
+    for name, parameter in model.named_parameters():
+        if "ranknum" in name:
+            parameter.requires_grad_(False)
     allocator = model.base_model.rankallocator
     allocator.__class__ = _AllocatorWithinUniform  # and no closure, which a copy of the model would share
     allocator.most_parameters = adapter_parameters(model) * setting.rank // init_r

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,14 @@ class Example:
     Attributes:
         input_ids: Tokens.
         labels: The class, or one label for each token, -100 where there is no loss.
+        prompt: Of a question, the tokens that its answer follows, however many.
+        answer: Of a question, the reference answer.
     """
 
     input_ids: list[int]
     labels: int | list[int]
+    prompt: list[int] | None = None
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Task:
         read: Takes folder or `HUB` and returns rows for training and for the test.
         causal: Whether the model is a language model.
         targets: What `all-linear` and `attention` mean as module names.
-        learning_rates: The grid, the same for every method.
+        learning_rates: The grid to start from, the same for every method.
         batch_size: Examples in a batch.
         steps: Training steps.
         max_length: Tokens of an example, at most.
@@ -137,7 +142,7 @@ TASKS = {
             "banking77", "accuracy", _banking77, False, _BERT_TARGETS, (1e-3, 2e-3, 4e-3, 8e-3), 16, 120, 48, 400, 1000
         ),
         Task("sst2", "accuracy", _sst2, False, _BERT_TARGETS, (5e-4, 1e-3, 2e-3, 4e-3), 16, 120, 48, 400, 1000),
-        Task("gsm8k", "loss", _gsm8k, True, _LLAMA_TARGETS, (5e-4, 1e-3, 2e-3, 4e-3), 4, 40, 192, 32, 64),
+        Task("gsm8k", "loss", _gsm8k, True, _LLAMA_TARGETS, (1e-3, 2e-3, 4e-3, 8e-3), 2, 40, 192, 32, 64),
     )
 }
 """Name to task."""
@@ -177,7 +182,7 @@ def _encode_solution(row: dict[str, Any], tokenizer: Any, max_length: int, names
     question = tokenizer(f"Question: {row['question']}\nAnswer: ", add_special_tokens=False)["input_ids"]
     answer = tokenizer(row["answer"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     labels = [-100] * len(question) + answer
-    return Example((question + answer)[:max_length], labels[:max_length])
+    return Example((question + answer)[:max_length], labels[:max_length], question, row["answer"])
 
 
 def load_tokenizer(source: str) -> Any:
@@ -204,7 +209,7 @@ def load_model(task: Task, source: str, num_labels: int, seed: int, device: torc
         num_labels: Classes.
         seed: Decides the values of the classifier.
         device: Where to put it.
-        dtype: Its precision.
+        dtype: Its precision. A classifier, which is trained, is in float32 like the adapters.
 
     Returns:
         The model.
@@ -216,7 +221,13 @@ def load_model(task: Task, source: str, num_labels: int, seed: int, device: torc
         model.config.use_cache = False
     else:
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=num_labels, dtype=dtype, **options)
+        model.classifier.float().register_forward_pre_hook(_in_float32)
     return model.to(device)
+
+
+def _in_float32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # At the top of the module, so that a copy of the classifier, such as PEFT makes, keeps it.
+    return tuple(tensor.float() for tensor in inputs)
 
 
 def _path_and_options(source: str) -> tuple[str, dict[str, Any]]:
@@ -311,3 +322,63 @@ def evaluate(model: nn.Module, task: Task, data: Iterator[Batch]) -> dict[str, f
         correct += int((logits.argmax(-1) == labels).sum())
         count += len(labels)
     return {"loss": loss / count, "accuracy": correct / count}
+
+
+MOST_NEW_TOKENS = 160
+"""Of a generated answer."""
+
+
+@torch.no_grad()
+def exact_match(
+    model: Any, examples: Sequence[Example], tokenizer: Any, batch_size: int, device: torch.device
+) -> float:
+    """The share of questions to which the greedy answer has the number of the reference.
+
+    Args:
+        model: A language model; afterwards in eval mode.
+        examples: With prompt and reference answer.
+        tokenizer: The model's.
+        batch_size: Questions in a batch.
+        device: Of the model.
+
+    Returns:
+        Between 0 and 1.
+    """
+    model.eval()
+    pad = tokenizer.pad_token_id
+    asked = sorted(
+        ((example.prompt or [], example.answer or "") for example in examples), key=lambda pair: len(pair[0])
+    )
+    correct = 0
+    for first in range(0, len(asked), batch_size):
+        chosen = asked[first : first + batch_size]
+        length = max(len(prompt) for prompt, _ in chosen)
+        # Padded on the left, so that every answer directly follows its question.
+        ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt, _ in chosen], device=device)
+        mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt, _ in chosen], device=device)
+        answers = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=MOST_NEW_TOKENS,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        texts = tokenizer.batch_decode(answers[:, length:], skip_special_tokens=True)
+        correct += sum(is_correct(text, reference) for text, (_, reference) in zip(texts, chosen, strict=True))
+    return correct / len(asked)
+
+
+def is_correct(text: str, reference: str) -> bool:
+    """Whether the number after `####` is that of the reference; a text without one is wrong."""
+    number = _final_number(text)
+    return number is not None and number == _final_number(reference)
+
+
+def _final_number(text: str) -> str | None:
+    found = re.search(r"####\s*\$?\s*(-?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?)", text)
+    if found is None:
+        return None
+    number = found[2].replace(",", "")
+    return found[1] + (number.rstrip("0").rstrip(".") if "." in number else number)

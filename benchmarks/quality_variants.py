@@ -92,12 +92,13 @@ def batch_gradients(setting: Setting, names: Any) -> Iterator[dict[str, Tensor]]
         names: The layers.
 
     Yields:
-        Layer to gradient of its weight (d_out × d_in) for the mean loss of a batch.
+        Layer to gradient of its weight (d_out × d_in, float32) for the mean loss of a batch.
     """
     with _weights_with_gradients(setting.model, names) as weights:
         for batch in setting.calibration:
             setting.loss(setting.model, batch).backward()
-            yield {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
+            gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+            yield {name: gradient.to(torch.float32, copy=True) for name, gradient in gradients.items()}
             setting.model.zero_grad()
 
 

@@ -4,11 +4,14 @@
     python benchmarks/report.py --json    # the same numbers, for programs
     python benchmarks/report.py --docs docs    # tables and plots of docs/evidence.md
 
-A setting is a task, targets, a rank and a number of steps. In each, the learning rate of a method is the one with the
-lowest mean loss over seeds on the development split; what is reported comes from the test split, which nothing was
-chosen on. A gain is a method's metric minus uniform LoRA's at the same seed, with the sign turned where less is
-better: in accuracy points for classes, in nats of loss for text. Over all settings, which have no unit in common,
-it is in percent of uniform LoRA's metric.
+A setting is a task, targets, a rank, a number of steps and a precision. In each, the learning rate of a method is the
+one with the lowest loss on the development split with the first seed, which is the one that was run with the most
+learning rates; what is reported comes from the test split, which nothing was chosen on. A gain is a method's metric
+minus uniform LoRA's at the same seed, with the sign turned where less is better: in accuracy points for classes, in
+nats of loss for text. Over all settings, which have no unit in common, it is in percent of uniform LoRA's metric.
+
+Gains are reported with an interval where there are five seeds, or as many as uniform LoRA has anywhere, if that is
+less. Methods with fewer seeds in a setting are named below its table.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +38,14 @@ accuracy does not."""
 
 RESAMPLES = 10_000
 
+SEEDS = 5
+"""Of a method in a setting, from which on it is reported with an interval."""
+
+REFERENCE_RANK = 8
+"""Of uniform LoRA, whose loss methods of other sizes are compared with."""
+
+_RANKS_OF_A_CURVE = 3
+
 
 class Setting(NamedTuple):
     """What is compared within."""
@@ -42,9 +54,19 @@ class Setting(NamedTuple):
     targets: str
     rank: int
     steps: int
+    dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"{self.task}, {self.targets}, r = {self.rank}, {self.steps} steps"
+        return self._name(f", r = {self.rank}")
+
+    @property
+    def without_rank(self) -> str:
+        """What it has in common with settings of other ranks."""
+        return self._name("")
+
+    def _name(self, rank: str) -> str:
+        precision = "" if self.dtype == "float32" else f", {self.dtype}"
+        return f"{self.task}, {self.targets}{rank}, {self.steps} steps{precision}"
 
 
 class Gain(NamedTuple):
@@ -82,15 +104,79 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def setting_of(result: Mapping[str, Any]) -> Setting:
-    """The setting of a run."""
+    """The setting of a run; runs that name no precision are in float32."""
     run = result["run"]
-    return Setting(run["task"], run["targets"], run["rank"], run["steps"])
+    return Setting(run["task"], run["targets"], run["rank"], run["steps"], run.get("dtype", "float32"))
 
 
 def score(result: Mapping[str, Any], split: str, metric: str) -> float:
     """A metric of a run, where more is better: accuracy in points, or the loss with its sign turned."""
     value: float = result[split][metric]
     return 100 * value if metric == "accuracy" else -value
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """The learning rate with the lowest loss; one that diverged, to no number, is never it.
+
+    Args:
+        losses: Learning rate to loss on the development split.
+
+    Returns:
+        One of the rates, the smallest of equal ones.
+    """
+    return min(sorted(losses), key=lambda rate: math.inf if math.isnan(losses[rate]) else losses[rate])
+
+
+class Sweep(NamedTuple):
+    """All learning rates of a method in a setting.
+
+    Attributes:
+        runs: Learning rate to seed to run.
+        first_seed: The one that was run with the most learning rates; of several the smallest.
+        best: The learning rate with the lowest loss on the development split with that seed.
+    """
+
+    runs: dict[float, dict[int, Mapping[str, Any]]]
+    first_seed: int
+    best: float
+
+    @property
+    def test_losses(self) -> dict[float, float]:
+        """Learning rate to test loss with the first seed."""
+        return {
+            rate: by_seed[self.first_seed]["test"]["loss"]
+            for rate, by_seed in sorted(self.runs.items())
+            if self.first_seed in by_seed
+        }
+
+    def rise(self, factor: float) -> float | None:
+        """Test loss at so many times the best learning rate minus that at the best one; `None` if it was not run."""
+        losses = self.test_losses
+        rate = factor * self.best
+        return losses[rate] - losses[self.best] if rate in losses else None
+
+
+def sweeps_of(results: Iterable[Mapping[str, Any]]) -> dict[str, Sweep]:
+    """The learning rates of every method.
+
+    Args:
+        results: Runs of one setting.
+
+    Returns:
+        Method to sweep.
+    """
+    found: dict[str, dict[float, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    for result in results:
+        run = result["run"]
+        found[run["method"]][run["learning_rate"]][run["seed"]] = result
+    return {method: _sweep(dict(runs)) for method, runs in found.items()}
+
+
+def _sweep(runs: dict[float, dict[int, Mapping[str, Any]]]) -> Sweep:
+    seeds = Counter(seed for by_seed in runs.values() for seed in by_seed)
+    first = min(seeds, key=lambda seed: (-seeds[seed], seed))
+    losses = {rate: by_seed[first]["development"][TUNED_BY] for rate, by_seed in runs.items() if first in by_seed}
+    return Sweep(runs, first, best_rate(losses))
 
 
 def chosen_runs(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -102,23 +188,7 @@ def chosen_runs(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, Map
     Returns:
         Method to seed to run.
     """
-    by_rate: dict[str, dict[float, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
-    for result in results:
-        run = result["run"]
-        by_rate[run["method"]][run["learning_rate"]][run["seed"]] = result
-    return {method: _best_rate(rates) for method, rates in by_rate.items()}
-
-
-def _best_rate(rates: Mapping[float, dict[int, Mapping[str, Any]]]) -> dict[int, Mapping[str, Any]]:
-    """The learning rate is chosen over the seeds that all rates have, and among the rates that have the most seeds."""
-    most = max(len(runs) for runs in rates.values())
-    full = {rate: runs for rate, runs in rates.items() if len(runs) == most}
-    shared = set.intersection(*(set(runs) for runs in full.values()))
-
-    def development(rate: float) -> float:
-        return mean(score(full[rate][seed], "development", TUNED_BY) for seed in shared or full[rate])
-
-    return full[max(full, key=development)]
+    return {method: sweep.runs[sweep.best] for method, sweep in sweeps_of(results).items()}
 
 
 def gains_of(results: Sequence[Mapping[str, Any]]) -> dict[Setting, dict[str, list[Gain]]]:
@@ -130,22 +200,30 @@ def gains_of(results: Sequence[Mapping[str, Any]]) -> dict[Setting, dict[str, li
     Returns:
         Setting to method to one gain for each seed that both have.
     """
-    by_setting: dict[Setting, list[Mapping[str, Any]]] = defaultdict(list)
-    for result in results:
-        by_setting[setting_of(result)].append(result)
     gains = {}
-    for setting, runs in sorted(by_setting.items()):
-        metric = METRICS[setting.task]
+    for setting, runs in by_setting(results).items():
         chosen = chosen_runs(runs)
-        if REFERENCE in chosen:
-            gains[setting] = {
-                method: [
-                    _gain(by_seed[seed], chosen[REFERENCE][seed], metric)
-                    for seed in sorted(by_seed.keys() & chosen[REFERENCE].keys())
-                ]
-                for method, by_seed in chosen.items()
-            }
+        gains[setting] = {
+            method: [
+                _gain(by_seed[seed], chosen[REFERENCE][seed], METRICS[setting.task])
+                for seed in sorted(by_seed.keys() & chosen[REFERENCE].keys())
+            ]
+            for method, by_seed in chosen.items()
+        }
     return gains
+
+
+def seeds_needed(results: Sequence[Mapping[str, Any]]) -> int:
+    """From how many seeds on a method is reported: `SEEDS`, or as many as uniform LoRA has anywhere.
+
+    Args:
+        results: All runs.
+
+    Returns:
+        The number.
+    """
+    most = max((len(chosen_runs(runs)[REFERENCE]) for runs in by_setting(results).values()), default=SEEDS)
+    return min(SEEDS, most)
 
 
 def _gain(result: Mapping[str, Any], reference: Mapping[str, Any], metric: str) -> Gain:
@@ -184,7 +262,7 @@ def summary(groups: Sequence[Sequence[Gain]], unit: str) -> dict[str, Any]:
         unit: `"gain"`, or `"percent"` to compare settings.
 
     Returns:
-        Mean gain, interval, mean ratio of parameters, number of runs; and the same of the loss.
+        Mean gain, interval, mean ratio of parameters, number of runs and of settings; and the same of the loss.
     """
     groups = [group for group in groups if group]
     return {
@@ -194,6 +272,7 @@ def summary(groups: Sequence[Sequence[Gain]], unit: str) -> dict[str, Any]:
         "loss_ci95": list(interval([[gain.loss_gain for gain in group] for group in groups])),
         "params_ratio": mean(gain.params_ratio for group in groups for gain in group),
         "runs": sum(len(group) for group in groups),
+        "settings": len(groups),
     }
 
 
@@ -204,20 +283,28 @@ def report(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         results: All runs.
 
     Returns:
-        `overall`: method to summary over all settings. `tasks`: setting to method to summary.
+        `overall`: method to summary over the settings in which it has enough seeds. `tasks`: setting to method to
+        summary. `few_seeds`: setting to method with fewer seeds to `mean_loss_gain` and `runs`.
     """
     gains = gains_of(results)
+    needed = seeds_needed(results)
     by_method: dict[str, list[list[Gain]]] = defaultdict(list)
-    for methods in gains.values():
-        for method, of_seeds in methods.items():
-            if of_seeds:
-                by_method[method].append(of_seeds)
+    tasks: dict[str, dict[str, Any]] = {}
+    few: dict[str, dict[str, Any]] = {}
+    for setting, methods in gains.items():
+        enough = {method: of_seeds for method, of_seeds in methods.items() if len(of_seeds) >= needed}
+        for method, of_seeds in enough.items():
+            by_method[method].append(of_seeds)
+        tasks[str(setting)] = {method: summary([of_seeds], "gain") for method, of_seeds in enough.items()}
+        few[str(setting)] = {
+            method: {"mean_loss_gain": mean(gain.loss_gain for gain in of_seeds), "runs": len(of_seeds)}
+            for method, of_seeds in methods.items()
+            if of_seeds and method not in enough
+        }
     return {
         "overall": {method: summary(groups, "percent") for method, groups in by_method.items()},
-        "tasks": {
-            str(setting): {method: summary([of_seeds], "gain") for method, of_seeds in methods.items() if of_seeds}
-            for setting, methods in gains.items()
-        },
+        "tasks": tasks,
+        "few_seeds": few,
     }
 
 
@@ -231,12 +318,24 @@ def steps_to_reference(curve: Sequence[tuple[float, float]], reference: Sequence
     Returns:
         Steps; `None` if it never has.
     """
-    target = reference[-1][1]
-    if curve[0][1] <= target:
-        return float(curve[0][0])
-    for (step, loss), (next_step, next_loss) in itertools.pairwise(curve):
-        if next_loss <= target:
-            return step + (next_step - step) * (loss - target) / (loss - next_loss)
+    return first_reached(curve, reference[-1][1])
+
+
+def first_reached(points: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Where a curve first is at a loss or below it, by linear interpolation.
+
+    Args:
+        points: Places, in order, and losses.
+        loss: The loss.
+
+    Returns:
+        The place; the first one if the curve begins there, and `None` if it never is.
+    """
+    if points[0][1] <= loss:
+        return float(points[0][0])
+    for (place, before), (next_place, after) in itertools.pairwise(points):
+        if after <= loss:
+            return place + (next_place - place) * (before - loss) / (before - after)
     return None
 
 
@@ -247,7 +346,7 @@ def speeds_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
         results: Runs of one setting.
 
     Returns:
-        Method to `steps`, the mean over the seeds that get there; `reached`, the share of seeds that do; and
+        Method to `steps`, the mean over the seeds that get there; `reached`, how many do, of how many `seeds`; and
         `calibration_steps`, the time until training begins in training steps of that run.
     """
     chosen = chosen_runs(results)
@@ -259,7 +358,8 @@ def speeds_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
         if seeds:
             speeds[method] = {
                 "steps": mean(reached) if reached else float("nan"),
-                "reached": len(reached) / len(steps),
+                "reached": len(reached),
+                "seeds": len(seeds),
                 "calibration_steps": mean(
                     run["calibration_seconds"] * run["run"]["steps"] / run["training_seconds"]
                     for run in by_seed.values()
@@ -268,24 +368,62 @@ def speeds_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
     return speeds
 
 
-def by_rate(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
-    """The test loss over the learning rates in one setting.
+class Size(NamedTuple):
+    """One method at one rank.
+
+    Attributes:
+        parameters: Of the adapter, mean over seeds.
+        loss: Mean test loss.
+        error: Its standard error over seeds.
+        accuracy: Mean test accuracy.
+    """
+
+    parameters: float
+    loss: float
+    error: float
+    accuracy: float
+
+
+def sizes_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, Size]]]:
+    """Quality against parameters, wherever uniform LoRA has three ranks.
 
     Args:
-        results: Runs of one setting.
+        results: All runs.
 
     Returns:
-        Method to learning rate to mean loss over the seeds that were run with all rates of the method.
+        Setting without rank to method to rank to size, of those with enough seeds.
     """
-    found: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for result in results:
-        run = result["run"]
-        found[run["method"]][run["learning_rate"]][run["seed"]] = result["test"]["loss"]
-    table = {}
-    for method, rates in found.items():
-        seeds = set.intersection(*(set(losses) for losses in rates.values()))
-        table[method] = {rate: mean(losses[seed] for seed in seeds) for rate, losses in sorted(rates.items()) if seeds}
-    return table
+    needed = seeds_needed(results)
+    found: dict[str, dict[str, dict[int, Size]]] = defaultdict(lambda: defaultdict(dict))
+    for setting, runs in by_setting(results).items():
+        for method, by_seed in chosen_runs(runs).items():
+            if len(by_seed) >= needed:
+                found[setting.without_rank][method][setting.rank] = _size(list(by_seed.values()))
+    return {
+        name: dict(methods) for name, methods in found.items() if len(methods.get(REFERENCE, ())) >= _RANKS_OF_A_CURVE
+    }
+
+
+def _size(runs: Sequence[Mapping[str, Any]]) -> Size:
+    losses = [run["test"]["loss"] for run in runs]
+    error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    parameters = mean(run["adapter_parameters"] for run in runs)
+    return Size(parameters, mean(losses), error, mean(run["test"]["accuracy"] for run in runs))
+
+
+def parameters_to_reach(sizes: Iterable[Size], loss: float) -> float | None:
+    """The adapter parameters with which a method has a loss, interpolated in their logarithm.
+
+    Args:
+        sizes: Of one method.
+        loss: The loss.
+
+    Returns:
+        The parameters; those of the smallest adapter if that has it, and `None` if none has.
+    """
+    points = sorted((math.log(size.parameters), size.loss) for size in sizes)
+    reached = first_reached(points, loss)
+    return None if reached is None else math.exp(reached)
 
 
 def by_setting(results: Sequence[Mapping[str, Any]]) -> dict[Setting, list[Mapping[str, Any]]]:
@@ -301,21 +439,80 @@ def by_setting(results: Sequence[Mapping[str, Any]]) -> dict[Setting, list[Mappi
 
 
 def write_docs(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write `evidence_tables.md`, and a plot of the gains of every setting.
+    """Write `evidence_tables.md`, a plot of the gains of every setting, and one of quality against parameters.
 
     Args:
         results: All runs.
         folder: Where to.
     """
+    content, sizes = report(results), sizes_of(results)
     parts = [
         "# Tables",
         "Written by `python benchmarks/report.py --docs docs`; [evidence.md](evidence.md) says what they mean.",
-        as_markdown(report(results)),
+        as_markdown(content),
+        *(_size_table(name, methods) for name, methods in sizes.items()),
     ]
     for setting, runs in by_setting(results).items():
-        parts += [_speed_table(setting, speeds_of(runs)), _rate_table(setting, by_rate(runs))]
+        parts += [_speed_table(setting, speeds_of(runs)), _rate_table(setting, sweeps_of(runs))]
+        parts += [table for table in [_answer_table(setting, runs)] if table]
     (folder / "evidence_tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    plot_gains(report(results)["tasks"], folder / "evidence_gains.png")
+    plot_gains(content["tasks"], folder / "evidence_gains.png")
+    if sizes:
+        plot_sizes(sizes, folder / "evidence_parameters.png")
+
+
+def _size_table(name: str, methods: Mapping[str, Mapping[int, Size]]) -> str:
+    ranks = sorted({rank for sizes in methods.values() for rank in sizes})
+    reference = methods[REFERENCE].get(REFERENCE_RANK)
+    show_accuracy = METRICS[name.split(",")[0]] == "accuracy"
+    goal = f"parameters for uniform LoRA's loss at r = {REFERENCE_RANK}"
+    header = ["method", *(f"r = {rank}" for rank in ranks), goal, "share of uniform LoRA's"]
+    lines = [
+        f"### Quality against parameters: {name}",
+        "",
+        f"Mean test loss{' (accuracy)' if show_accuracy else ''}. Parameters are interpolated between ranks.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "| --- |" + " ---: |" * (len(header) - 1),
+    ]
+    for method, sizes in sorted(methods.items(), key=lambda item: min(size.loss for size in item[1].values())):
+        cells = [_size_cell(sizes.get(rank), show_accuracy) for rank in ranks]
+        cells += _goal_cells(list(sizes.values()), reference)
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _size_cell(size: Size | None, show_accuracy: bool) -> str:
+    if size is None:
+        return "–"
+    return f"{size.loss:.3f} ({100 * size.accuracy:.1f} %)" if show_accuracy else f"{size.loss:.3f}"
+
+
+def _goal_cells(sizes: Sequence[Size], reference: Size | None) -> list[str]:
+    reached = None if reference is None else parameters_to_reach(sizes, reference.loss)
+    if reference is None or reached is None:
+        return ["–", "–"]
+    smallest = min(sizes, key=lambda size: size.parameters)
+    sign = "≤ " if smallest.loss <= reference.loss else ""
+    return [f"{sign}{reached:,.0f}", f"{sign}{reached / reference.parameters:.0%}"]
+
+
+def _answer_table(setting: Setting, results: Sequence[Mapping[str, Any]]) -> str | None:
+    """The share of questions that were answered exactly, if any were asked."""
+    lines = [
+        f"### Exact match: {setting}",
+        "",
+        "| method | questions answered exactly | questions | seeds |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    rows = []
+    for method, by_seed in chosen_runs(results).items():
+        answered = [run["test"] for run in by_seed.values() if "exact_match" in run["test"]]
+        if answered:
+            share = mean(test["exact_match"] for test in answered)
+            questions = sum(test["exact_match_examples"] for test in answered)
+            rows.append((-share, f"| {method} | {share:.1%} | {questions} | {len(answered)} |"))
+    return "\n".join([*lines, *(row for _, row in sorted(rows))]) if rows else None
 
 
 def _speed_table(setting: Setting, speeds: Mapping[str, Mapping[str, float]]) -> str:
@@ -325,22 +522,31 @@ def _speed_table(setting: Setting, speeds: Mapping[str, Mapping[str, float]]) ->
         "| method | steps to uniform LoRA's last measured loss | seeds that get there | before training, in steps |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for method, row in sorted(speeds.items(), key=lambda item: (-item[1]["reached"], item[1]["steps"])):
+    for method, row in sorted(
+        speeds.items(), key=lambda item: (-item[1]["reached"] / item[1]["seeds"], item[1]["steps"])
+    ):
         steps = "–" if not row["reached"] else f"{row['steps']:.0f}"
-        lines.append(f"| {method} | {steps} | {row['reached']:.0%} | {row['calibration_steps']:.1f} |")
+        seeds = f"{row['reached']} of {row['seeds']}"
+        lines.append(f"| {method} | {steps} | {seeds} | {row['calibration_steps']:.1f} |")
     return "\n".join(lines)
 
 
-def _rate_table(setting: Setting, table: Mapping[str, Mapping[float, float]]) -> str:
-    rates = sorted({rate for row in table.values() for rate in row})
+def _rate_table(setting: Setting, sweeps: Mapping[str, Sweep]) -> str:
+    rates = sorted({rate for sweep in sweeps.values() for rate in sweep.test_losses})
+    header = ["method", *(f"{rate:g}" for rate in rates), "at half the best", "at twice the best"]
     lines = [
         f"### Test loss over the learning rate: {setting}",
         "",
-        "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
-        "| --- | " + " | ".join("---:" for _ in rates) + " |",
+        "With the seed that the learning rate is chosen with; the last two columns are loss minus that at the best.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "| --- |" + " ---: |" * (len(header) - 1),
     ]
-    for method, row in sorted(table.items()):
-        cells = [f"{row[rate]:.3f}" if rate in row else "–" for rate in rates]
+    for method, sweep in sorted(sweeps.items()):
+        losses = sweep.test_losses
+        cells = [f"{losses[rate]:.3f}" if rate in losses else "–" for rate in rates]
+        rises = [sweep.rise(0.5), sweep.rise(2)]
+        cells += ["–" if rise is None else f"{rise:+.3f}" for rise in rises]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -352,29 +558,99 @@ def plot_gains(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path)
         tasks: As `report` returns them.
         path: A PNG file.
     """
+    drawn = {setting: methods for setting, methods in tasks.items() if methods}
+    columns = min(2, len(drawn))
+    sizes = [len(methods) for methods in drawn.values()]
+    heights = [max(sizes[first : first + columns]) for first in range(0, len(sizes), columns)]
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        len(heights),
+        columns,
+        figsize=(6.2 * columns, sum(0.2 * size + 0.8 for size in heights)),
+        squeeze=False,
+        sharex=True,
+        height_ratios=[size + 1 for size in heights],
+        layout="constrained",
+    )
+    for place, (setting, methods) in enumerate(drawn.items()):
+        _draw_gains(axes.flat[place], setting, methods, heights[place // columns])
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_axis_off()
+    figure.supxlabel("gain in test loss over uniform LoRA, nats (95 % interval over seeds)", fontsize=9)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    sizes = [len(methods) for methods in tasks.values()]
-    height = sum(0.24 * size + 0.8 for size in sizes)
-    figure, axes = plt.subplots(
-        len(tasks), 1, figsize=(7, height), squeeze=False, sharex=True, height_ratios=sizes, layout="constrained"
-    )
-    for axis, (setting, methods) in zip(axes[:, 0], tasks.items(), strict=True):
-        ordered = sorted(methods.items(), key=lambda item: item[1]["mean_loss_gain"])
-        means = [numbers["mean_loss_gain"] for _, numbers in ordered]
-        ends = np.array([numbers["loss_ci95"] for _, numbers in ordered]).T
-        spread = np.abs(ends - np.array(means))
-        colours = ["tab:blue" if name.startswith("fim") else "tab:gray" for name, _ in ordered]
-        places = range(len(ordered))
-        axis.errorbar(means, places, xerr=spread, fmt="none", ecolor=colours)
-        axis.scatter(means, places, color=colours, s=14, zorder=3)
-        axis.set_yticks(places, [name for name, _ in ordered], fontsize=8)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_title(setting, fontsize=9)
-    axes[-1, 0].set_xlabel("gain in test loss over uniform LoRA, nats (95 % interval over seeds)")
+    return pyplot
+
+
+def _draw_gains(axis: Any, setting: str, methods: Mapping[str, Mapping[str, Any]], lines: int) -> None:
+    ordered = sorted(methods.items(), key=lambda item: item[1]["mean_loss_gain"])
+    means = [numbers["mean_loss_gain"] for _, numbers in ordered]
+    ends = np.array([numbers["loss_ci95"] for _, numbers in ordered]).T
+    colours = ["tab:blue" if name.startswith("fim") else "tab:gray" for name, _ in ordered]
+    places = range(len(ordered))
+    axis.errorbar(means, places, xerr=np.abs(ends - np.array(means)), fmt="none", ecolor=colours)
+    axis.scatter(means, places, color=colours, s=14, zorder=3)
+    axis.set_yticks(places, [name for name, _ in ordered], fontsize=8)
+    axis.set_ylim(len(ordered) - lines - 0.5, len(ordered) - 0.5)
+    axis.tick_params(axis="x", labelbottom=True, labelsize=8)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_title(setting, fontsize=9)
+
+
+def _looks(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Lines that are told apart without colours, too; uniform LoRA's is thick and black."""
+    others = sorted(method for method in methods if method != REFERENCE)
+    looks: dict[str, dict[str, Any]] = {
+        method: {
+            "color": f"C{index % 10}",
+            "marker": "s^Dvx"[index % 5],
+            "linestyle": "-" if index < 10 else "--",
+            "linewidth": 1.2,
+        }
+        for index, method in enumerate(others)
+    }
+    return looks | {REFERENCE: {"color": "black", "marker": "o", "linestyle": "-", "linewidth": 2.2}}
+
+
+def plot_sizes(sizes: Mapping[str, Mapping[str, Mapping[int, Size]]], path: Path) -> None:
+    """Draw the test loss over the adapter parameters, one panel for each setting.
+
+    Args:
+        sizes: As `sizes_of` returns them.
+        path: A PNG file.
+    """
+    looks = _looks({method for methods in sizes.values() for method in methods})
+    plt = _pyplot()
+    figure, axes = plt.subplots(len(sizes), 1, figsize=(9, 4 * len(sizes)), squeeze=False, layout="constrained")
+    for axis, (setting, methods) in zip(axes[:, 0], sizes.items(), strict=True):
+        for method, by_rank in sorted(methods.items()):
+            points = sorted(by_rank.values())
+            axis.errorbar(
+                [size.parameters for size in points],
+                [size.loss for size in points],
+                yerr=[size.error for size in points],
+                label=method,
+                markersize=4,
+                capsize=2,
+                **looks[method],
+            )
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        ranks = methods[REFERENCE]
+        places = [size.parameters for size in ranks.values()]
+        axis.set_xticks(places, [f"{size.parameters:,.0f}\nr = {rank}" for rank, size in ranks.items()], fontsize=8)
+        axis.set_title(setting, fontsize=10)
+        axis.set_ylabel("test loss, nats (± standard error)", fontsize=9)
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    axes[-1, 0].set_xlabel("adapter parameters; marked are those of uniform LoRA", fontsize=9)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
 
@@ -388,24 +664,42 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    parts = [_table("All settings, gain in percent", content["overall"])]
-    parts += [_table(setting, methods) for setting, methods in content["tasks"].items()]
+    overall = _table("All settings, gain in percent", content["overall"], "settings")
+    parts = [overall, "Rows of another number of settings are means over other settings: they do not compare."]
+    for setting, methods in content["tasks"].items():
+        parts += [_table(setting, methods)] if methods else [f"### {setting}"]
+        parts += _lines_of_few_seeds(content["few_seeds"][setting])
     return "\n\n".join(parts)
 
 
-def _table(title: str, methods: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = [
-        f"### {title}",
-        "",
-        "| method | gain [95 %] | gain in loss, nats [95 %] | parameters | runs |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for method, numbers in sorted(methods.items(), key=lambda item: -item[1]["mean_loss_gain"]):
-        gain = f"{numbers['mean_gain']:+.2f} [{numbers['ci95'][0]:+.2f}, {numbers['ci95'][1]:+.2f}]"
+def _table(title: str, methods: Mapping[str, Mapping[str, Any]], *more_columns: str) -> str:
+    header = ["method", "gain [95 %]", "gain in loss, nats [95 %]", "parameters", "runs", *more_columns]
+    lines = [f"### {title}", "", "| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
+    for method, numbers in sorted(
+        methods.items(), key=lambda item: (-item[1]["settings"], -item[1]["mean_loss_gain"])
+    ):
         low, high = numbers["loss_ci95"]
-        loss = f"{numbers['mean_loss_gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
-        lines.append(f"| {method} | {gain} | {loss} | {numbers['params_ratio']:.3f} | {numbers['runs']} |")
+        cells = [
+            f"{numbers['mean_gain']:+.2f} [{numbers['ci95'][0]:+.2f}, {numbers['ci95'][1]:+.2f}]",
+            f"{numbers['mean_loss_gain']:+.4f} [{low:+.4f}, {high:+.4f}]",
+            f"{numbers['params_ratio']:.3f}",
+            *(str(numbers[column]) for column in ("runs", *more_columns)),
+        ]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _lines_of_few_seeds(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each number of seeds: the gains in test loss, which have no interval."""
+    lines = []
+    for runs in sorted({numbers["runs"] for numbers in methods.values()}, reverse=True):
+        gains = sorted(
+            ((numbers["mean_loss_gain"], method) for method, numbers in methods.items() if numbers["runs"] == runs),
+            reverse=True,
+        )
+        seeds = "Tuned on one seed only" if runs == 1 else f"On {runs} seeds only"
+        lines.append(f"{seeds}: " + ", ".join(f"{method} ({gain:+.3f})" for gain, method in gains) + ".")
+    return lines
 
 
 def main() -> None:

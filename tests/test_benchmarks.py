@@ -1,12 +1,19 @@
 """The benchmarks: what decides over their numbers, and that every method keeps within uniform LoRA's size."""
 
+import argparse
+import copy
 import itertools
 import json
+import math
+import operator
+import pathlib
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import cost_shapes
@@ -33,11 +40,11 @@ def setting(seed=0):
     return quality_methods.Setting(tiny_models.bert(), TARGETS, 2, "SEQ_CLS", BATCHES, STEPS, seed)
 
 
-def run_of(method="uniform", rate=1e-3, seed=0, loss=1.0, test_loss=None, task="gsm8k", **more):
+def run_of(method="uniform", rate=1e-3, seed=0, loss=1.0, test_loss=None, task="gsm8k", rank=2, **more):
     split = {"loss": loss, "accuracy": 0.5}
     return {
         "run": {
-            "task": task, "targets": "all-linear", "rank": 2, "steps": 40,
+            "task": task, "targets": "all-linear", "rank": rank, "steps": 40,
             "method": method, "learning_rate": rate, "seed": seed,
         },
         "development": split,
@@ -61,7 +68,7 @@ def test_no_method_has_more_parameters_than_uniform_lora(method):
     )
     model = quality.METHODS[method](setting())
     run = quality.Run("banking77", "all-linear", 2, method, 1e-2, 0, STEPS)
-    bench = quality.Bench("", {}, torch.device("cpu"), torch.float32)
+    bench = quality.Bench("", {}, torch.device("cpu"))
     data = iter([BATCHES[step % len(BATCHES)] for step in range(STEPS)])
     assert len(list(bench._train(model, quality_tasks.TASKS["banking77"], run, data))) == STEPS
 
@@ -88,6 +95,108 @@ def test_random_ranks_are_those_of_fim_on_other_layers():
         ]
     assert sorted(ranks["random"]) == sorted(ranks["fim-parameters"])
     assert ranks["random"] != ranks["fim-parameters"]
+
+
+@pytest.fixture(scope="module")
+def saved_bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_models.bert().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["uniform", "fim-rank", "lora_B-gradient", "eva-rho-2", "adalora", "lora-ga"])
+def test_what_is_trained_is_in_float32_and_the_rest_as_asked(method, dtype, saved_bert):
+    task = quality_tasks.TASKS["banking77"]
+    model = quality_tasks.load_model(task, saved_bert, 3, 0, torch.device("cpu"), dtype)
+    adapted = quality.METHODS[method](replace(setting(), model=model))
+    for copied in (adapted, copy.deepcopy(adapted)):
+        trained = {name: p for name, p in copied.named_parameters() if p.requires_grad}
+        assert {p.dtype for p in trained.values()} == {torch.float32}
+        assert all("lora_" in name or "classifier" in name for name in trained)
+        assert copied.base_model.model.bert.embeddings.word_embeddings.weight.dtype == dtype
+        output = copied(**BATCHES[0])
+        output.loss.backward()
+        assert output.logits.dtype == torch.float32
+        assert copied.base_model.model.classifier.modules_to_save["default"].weight.grad.abs().sum() > 0
+
+
+def test_a_classifier_is_warmed_up_in_float32_whatever_the_precision_of_the_model(saved_bert):
+    task = quality_tasks.TASKS["banking77"]
+    model = quality_tasks.load_model(task, saved_bert, 3, 0, torch.device("cpu"), torch.bfloat16)
+    before = model.classifier.weight.detach().clone()
+    with quality_variants.warm_head(replace(setting(), model=model)):
+        assert model.classifier.weight.dtype == torch.float32
+        assert not torch.equal(model.classifier.weight, before)
+    assert torch.equal(model.classifier.weight, before)
+
+
+def test_results_in_another_precision_have_a_folder_and_a_setting_of_their_own():
+    run = quality.Run("sst2", "all-linear", 2, "fim-parameters-1/2", 1e-3, 0, 120)
+    assert str(run.file) == "sst2/all-linear-r2-120steps/fim-parameters-1_2-lr0.001-seed0.json"
+    half = replace(run, dtype="bfloat16")
+    assert str(half.file) == "sst2/all-linear-r2-120steps-bfloat16/fim-parameters-1_2-lr0.001-seed0.json"
+    names = [str(report.setting_of({"run": asdict(of)})) for of in (run, half)]
+    assert names == ["sst2, all-linear, r = 2, 120 steps", "sst2, all-linear, r = 2, 120 steps, bfloat16"]
+    assert report.setting_of(run_of()) == report.Setting("gsm8k", "all-linear", 2, 40, "float32")
+
+
+def shuffle_with_the_most_parameters(ranks, costs, limit, draw):
+    fitting = []
+    for _ in range(2000):
+        shuffled = list(ranks)
+        draw.shuffle(shuffled)
+        fitting.append((sum(map(operator.mul, shuffled, costs)), shuffled))
+    size, best = max((pair for pair in fitting if pair[0] <= limit), key=lambda pair: pair[0])
+    return next(shuffled for parameters, shuffled in fitting if parameters == size), best
+
+
+def test_of_shuffles_that_fit_random_ranks_are_the_first_with_the_most_parameters():
+    draw = random.Random(5)
+    for seed in range(5):
+        ranks, costs = [draw.randint(1, 8) for _ in range(8)], [draw.choice([48, 64, 96]) for _ in range(8)]
+        limit = sum(map(operator.mul, ranks, costs)) + 40
+        expected, _ = shuffle_with_the_most_parameters(ranks, costs, limit, random.Random(seed))
+        names = "abcdefgh"
+        chosen = quality_methods.ranks_on_other_layers(
+            dict(zip(names, ranks, strict=True)), dict(zip(names, costs, strict=True)), limit, random.Random(seed)
+        )
+        assert list(chosen.values()) == expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.sampled_from([48, 50, 64, 96, 300])), min_size=2, max_size=30), st.data()
+)
+@settings(max_examples=40, deadline=None)
+def test_random_ranks_are_the_same_ranks_within_the_limit_that_the_ranks_themselves_keep(layers, data):
+    # At most by one rank of one layer above the least that any order has, which a shuffle rarely finds.
+    least = sum(
+        map(operator.mul, sorted(rank for rank, _ in layers), sorted((cost for _, cost in layers), reverse=True))
+    )
+    limit = least + data.draw(st.integers(0, 50))
+    names = [f"layer{index}" for index in range(len(layers))]
+    ranks = {name: rank for name, (rank, _) in zip(names, layers, strict=True)}
+    costs = {name: cost for name, (_, cost) in zip(names, layers, strict=True)}
+    chosen = quality_methods.ranks_on_other_layers(ranks, costs, limit, random.Random(0))
+    assert sorted(chosen.values()) == sorted(ranks.values())
+    assert least <= sum(chosen[name] * costs[name] for name in names) <= limit
+
+
+def test_random_ranks_of_many_unequal_layers_are_near_the_limit():
+    draw = random.Random(0)
+    names = [f"layer{index}" for index in range(210)]
+    costs = {name: draw.choice([768, 1152, 2112]) for name in names}
+    ranks = {name: 1 if costs[name] > 768 else 3 for name in names}
+    limit = sum(ranks[name] * costs[name] for name in names) + 2000
+    chosen = quality_methods.ranks_on_other_layers(ranks, costs, limit, random.Random(0))
+    # The smallest swap changes two ranks between layers that differ by 384.
+    assert limit - 2 * 384 < sum(chosen[name] * costs[name] for name in names) <= limit
+    assert chosen != ranks
+
+
+def test_random_ranks_that_fit_nowhere_are_an_error():
+    with pytest.raises(RuntimeError, match=r"\[1, 2\] of 2 layers .*b, a.* 10 parameters"):
+        quality_methods.ranks_on_other_layers({"a": 1, "b": 2}, {"a": 10, "b": 20}, 10, random.Random(0))
 
 
 def test_batch_gradients_are_those_of_autograd():
@@ -139,13 +248,173 @@ def test_a_result_is_never_overwritten(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_the_tuned_learning_rate_is_that_of_the_lowest_development_loss(tmp_path):
-    run = quality.Run("gsm8k", "all-linear", 2, "uniform", 0.0, 0, 40)
-    for rate, loss in ((1e-3, 1.1), (2e-3, 0.9), (4e-3, 1.0)):
-        quality.write(tmp_path / replace(run, learning_rate=rate).file, run_of(rate=rate, loss=loss))
-    assert quality.tuned_learning_rate(tmp_path, run, [1e-3, 2e-3, 4e-3]) == 2e-3
-    with pytest.raises(FileNotFoundError, match="uniform with all of"):
-        quality.tuned_learning_rate(tmp_path, run, [1e-3, 8e-3])
+@pytest.mark.parametrize(
+    ("best", "known", "extra_rates", "run", "chosen"),
+    [
+        (2.2e-3, {}, 4, [1e-3, 2e-3, 4e-3], 2e-3),
+        (9e-3, {}, 4, [1e-3, 2e-3, 4e-3, 8e-3, 16e-3], 8e-3),
+        (0.6e-3, {}, 4, [1e-3, 2e-3, 4e-3, 0.5e-3, 0.25e-3], 0.5e-3),
+        (1.0, {}, 4, [1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3], 64e-3),
+        (1.0, {}, 0, [1e-3, 2e-3, 4e-3], 4e-3),
+        (9e-3, {2e-3, 8e-3}, 4, [1e-3, 4e-3, 16e-3], 8e-3),
+        (1.0, {8e-3, 16e-3}, 3, [1e-3, 2e-3, 4e-3, 32e-3], 32e-3),
+    ],
+)
+def test_a_learning_rate_is_looked_for_beyond_the_end_of_the_grid(best, known, extra_rates, run, chosen):
+    tried = []
+
+    def loss_of(rate):
+        tried.append(rate)
+        return abs(math.log(rate / best))
+
+    losses = {rate: abs(math.log(rate / best)) for rate in known}
+    assert quality.tuned_rate(losses, [1e-3, 2e-3, 4e-3], extra_rates, loss_of) == chosen
+    assert tried == run
+
+
+def test_a_learning_rate_that_diverged_is_not_the_best():
+    losses = {1e-3: 1.0, 2e-3: math.nan, 4e-3: math.nan}
+    assert report.best_rate(losses) == 1e-3
+    assert report.best_rate({2e-3: math.nan, 1e-3: math.inf, 4e-3: 5.0}) == 4e-3
+
+
+def options_of(folder, *more):
+    return quality.parsed(
+        ["--data", "", "--results", str(folder), "--tasks", "gsm8k", "--targets", "all-linear", "--steps", "40", *more]
+    )
+
+
+class Maker:
+    """Makes results whose loss is the lowest at a learning rate of the method, and notes for which runs."""
+
+    best = {"uniform": 2e-3, "fim-rank": 16e-3}  # noqa: RUF012
+
+    def __init__(self):
+        self.made = []
+
+    def __call__(self, run, tuning):
+        self.made.append((run.method, run.learning_rate, run.seed, tuning))
+        loss = abs(math.log(run.learning_rate / self.best[run.method]))
+        return run_of(run.method, run.learning_rate, run.seed, loss) | {"run": asdict(run)}
+
+
+def test_every_method_is_tuned_on_the_first_seed_and_run_with_its_best_rate_on_the_others(tmp_path):
+    options = options_of(tmp_path, "--ranks", "2", "--methods", "uniform", "fim-rank", "--seeds", "3", "1", "2")
+    tuning = [("uniform", rate, 3, True) for rate in (1e-3, 2e-3, 4e-3, 8e-3)]
+    tuning += [("fim-rank", rate, 3, True) for rate in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)]
+    rest = [
+        (method, rate, seed, False) for seed in (1, 2) for method, rate in (("uniform", 2e-3), ("fim-rank", 16e-3))
+    ]
+
+    maker = Maker()
+    quality.run_all(argparse.Namespace(**vars(options) | {"tuning_only": True}), quality.Results(tmp_path, maker))
+    assert maker.made == tuning
+    quality.run_all(options, quality.Results(tmp_path, maker))
+    assert maker.made == tuning + rest
+    quality.run_all(options, quality.Results(tmp_path, maker))
+    assert maker.made == tuning + rest
+
+    for file in tmp_path.rglob("fim-rank-lr0.004-*.json"):
+        file.unlink()
+    quality.run_all(options, quality.Results(tmp_path, maker))
+    assert maker.made == [*tuning, *rest, ("fim-rank", 4e-3, 3, True)]
+
+
+def test_the_names_of_methods_that_begin_alike_are_told_apart(tmp_path):
+    results = quality.Results(tmp_path, Maker())
+    run = quality.Run("sst2", "attention", 2, "fim-parameters", 0.0, 0, 40)
+    for method, rate, seed in (
+        ("fim-parameters", 1e-3, 0),
+        ("fim-parameters-1/2", 2e-3, 0),
+        ("fim-parameters", 4e-3, 1),
+    ):
+        other = replace(run, method=method, learning_rate=rate, seed=seed)
+        quality.write(tmp_path / other.file, run_of(method, rate, seed, loss=rate))
+    assert results.known_losses(run) == {1e-3: 1e-3}
+    assert results.known_losses(replace(run, method="fim-parameters-1/2")) == {2e-3: 2e-3}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 50])
+def test_shares_have_whole_methods_and_all_of_them_once(parts, tmp_path):
+    dealt = []
+    for part in range(1, parts + 1):
+        for runs in quality.shared_settings(options_of(tmp_path, "--share", f"{part}/{parts}")):
+            assert len({run.file.parent for run in runs}) == 1
+            dealt += runs
+    assert len(dealt) == len(set(dealt)) == 2 * len(quality_methods.METHODS)
+    assert {(run.learning_rate, run.seed) for run in dealt} == {(0.0, 0)}
+
+
+def test_a_single_seed_is_no_tuning_alone(tmp_path):
+    maker = Maker()
+    options = options_of(tmp_path, "--ranks", "2", "--methods", "uniform", "--seeds", "7")
+    quality.run_all(options, quality.Results(tmp_path, maker))
+    assert {(seed, tuning) for _, _, seed, tuning in maker.made} == {(7, False)}
+
+
+def test_the_quick_grid_needs_no_other_option_and_gives_way_to_those_given():
+    options = quality.parsed(["--data", "folder", "--quick"])
+    assert options.results.name == "quality-quick"
+    assert (options.tasks, options.steps, options.seeds) == (["banking77"], 60, [0, 1])
+    assert set(options.methods) <= set(quality.METHODS)
+    assert quality.parsed(["--data", "folder", "--quick", "--steps", "5"]).steps == 5
+    assert quality.parsed(["--data", "folder"]).results.name == "quality"
+
+
+# --- Answers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "correct"),
+    [
+        ("so 3 + 4 = 7\n#### 7", "7 it is\n#### 7", True),
+        ("#### $1,234.00.", "#### 1234", True),
+        ("#### 12.50", "#### 12.5", True),
+        ("#### 100", "#### 10", False),
+        ("#### -5", "#### 5", False),
+        ("#### -$5", "#### -5", True),
+        ("the answer is 7", "#### 7", False),
+        ("#### none", "#### 7", False),
+        ("#### 7\n#### 8", "#### 7", True),
+    ],
+)
+def test_an_answer_is_correct_if_its_number_is(text, reference, correct):
+    assert quality_tasks.is_correct(text, reference) == correct
+
+
+class TokensAsNumber:
+    """Decodes tokens into one number."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return ["#### 1" + "".join(f"{token:02d}" for token in row.tolist() if token > 1) for row in rows]
+
+
+def greedy_answer(model, prompt):
+    """One token after the other, without padding and cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + quality_tasks.MOST_NEW_TOKENS and (len(ids) == len(prompt) or ids[-1] != 1):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return torch.tensor(ids[len(prompt) :])
+
+
+def test_answers_are_the_greedy_ones_of_each_question_on_its_own(monkeypatch):
+    monkeypatch.setattr(quality_tasks, "MOST_NEW_TOKENS", 8)
+    model = tiny_models.llama().eval()
+    model.config.use_cache = False
+    tokenizer = TokensAsNumber()
+    prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16], [17]]
+    references = tokenizer.batch_decode([greedy_answer(model, prompt) for prompt in prompts], skip_special_tokens=True)
+    references[1] += "9"
+    examples = [
+        quality_tasks.Example(prompt, [-100] * len(prompt), prompt, reference)
+        for prompt, reference in zip(prompts, references, strict=True)
+    ]
+    found = quality_tasks.exact_match(model, examples, tokenizer, 3, torch.device("cpu"))
+    assert found == 0.75
 
 
 # --- Report ------------------------------------------------------------------------------------------------------
@@ -160,12 +429,63 @@ def test_the_learning_rate_is_chosen_on_the_development_split_and_the_gain_comes
 
 
 def test_gains_are_paired_by_seed():
-    results = [run_of(seed=seed, loss=seed) for seed in (1, 2, 3)]
-    results += [run_of("fim-rank", seed=seed, loss=seed - 0.25) for seed in (2, 3, 4)]
+    results = [run_of(seed=seed, loss=seed) for seed in range(1, 7)]
+    results += [run_of("fim-rank", seed=seed, loss=seed - 0.25) for seed in range(2, 8)]
     numbers = report.report(results)["overall"]["fim-rank"]
-    assert numbers["runs"] == 2
+    assert numbers["runs"] == 5
     assert numbers["mean_loss_gain"] == pytest.approx(0.25)
     assert numbers["loss_ci95"] == pytest.approx([0.25, 0.25])  # the seeds differ, the paired gains do not
+
+
+def test_the_learning_rate_is_the_best_one_of_the_first_seed_however_many_seeds_it_has():
+    results = [run_of(rate=rate, seed=3, loss=loss) for rate, loss in ((1e-3, 1.0), (2e-3, 0.8), (4e-3, 0.9))]
+    # Seeds that would choose otherwise, but were run with one rate only; the smaller of them is not the first either.
+    results += [run_of(rate=1e-3, seed=seed, loss=0.1) for seed in (1, 2, 4, 5, 6)]
+    results += [run_of(rate=2e-3, seed=1, loss=5.0)]
+    chosen = report.chosen_runs(results)["uniform"]
+    assert sorted(chosen) == [1, 3]
+    assert {run["run"]["learning_rate"] for run in chosen.values()} == {2e-3}
+
+
+def test_of_seeds_with_equally_many_learning_rates_the_smallest_is_the_first():
+    results = [run_of(rate=rate, seed=seed, loss=rate if seed else -rate) for rate in (1e-3, 2e-3) for seed in (0, 1)]
+    assert report.sweeps_of(results)["uniform"].best == 2e-3
+
+
+def test_methods_with_few_seeds_have_no_interval_and_are_named():
+    results = [run_of(seed=seed, loss=1.0) for seed in range(7)]
+    results += [run_of("fim-rank", seed=seed, loss=0.9) for seed in range(5)]
+    results += [run_of("random", seed=seed, loss=1.1) for seed in range(4)]
+    results += [run_of("lora-ga", loss=1.25), run_of("eva-rho-2", loss=1.125)]
+    content = report.report(results)
+    name = "gsm8k, all-linear, r = 2, 40 steps"
+    assert set(content["tasks"][name]) == set(content["overall"]) == {"uniform", "fim-rank"}
+    text = report.as_markdown(content)
+    assert "Tuned on one seed only: eva-rho-2 (-0.125), lora-ga (-0.250)." in text
+    assert "On 4 seeds only: random (-0.100)." in text
+    assert "| lora-ga" not in text
+
+
+def test_where_all_have_two_seeds_two_are_enough():
+    results = [
+        run_of(method, seed=seed, loss=loss) for method, loss in (("uniform", 1), ("random", 2)) for seed in (0, 1)
+    ]
+    results += [run_of("fim-rank", loss=0.5)]
+    assert set(report.report(results)["overall"]) == {"uniform", "random"}
+
+
+def test_the_overall_table_says_over_how_many_settings_a_mean_is():
+    results = [run_of(rank=rank) for rank in (2, 8)]
+    results += [run_of("fim-rank", loss=0.9), run_of("fim-rank", loss=0.8, rank=8), run_of("random", loss=0.5, rank=8)]
+    content = report.report(results)
+    assert {method: numbers["settings"] for method, numbers in content["overall"].items()} == {
+        "uniform": 2, "fim-rank": 2, "random": 1,
+    }  # fmt: skip
+    assert content["overall"]["fim-rank"]["mean_gain"] == pytest.approx(15)
+    rows = [line for line in report.as_markdown(content).splitlines() if line.startswith("| ")][2:5]
+    assert [row.split(" | ")[0] for row in rows] == ["| fim-rank", "| uniform", "| random"]
+    assert "| 1.000 | 2 | 2 |" in rows[1]
+    assert "| 1.000 | 1 | 1 |" in rows[2]
 
 
 def test_more_accuracy_is_a_gain_in_points():
@@ -192,13 +512,86 @@ def test_steps_to_the_loss_of_uniform_lora_are_interpolated():
     assert report.steps_to_reference([(20, 2.0), (40, 1.1)], reference) is None
 
 
+def test_the_learning_rate_table_says_what_half_and_twice_the_best_cost(tmp_path):
+    losses = {1e-3: 1.0, 2e-3: 0.8, 4e-3: 0.75, 8e-3: 0.9}
+    results = [run_of(rate=rate, loss=loss, test_loss=2 * loss) for rate, loss in losses.items()]
+    results += [run_of(rate=4e-3, seed=1, loss=9.0), run_of("fim-rank", rate=8e-3, loss=0.5)]
+    report.write_docs(results, tmp_path)
+    text = (tmp_path / "evidence_tables.md").read_text()
+    assert "| method | 0.001 | 0.002 | 0.004 | 0.008 | at half the best | at twice the best |" in text
+    assert "| uniform | 2.000 | 1.600 | 1.500 | 1.800 | +0.100 | +0.300 |" in text
+    assert "| fim-rank | – | – | – | 0.500 | – | – |" in text
+
+
+def sized(method, rank, loss, parameters, seeds=5):
+    return [
+        run_of(method, seed=seed, loss=loss + seed - 2, rank=rank, adapter_parameters=parameters, task="sst2")
+        for seed in range(seeds)
+    ]
+
+
+def test_parameters_for_a_loss_are_interpolated_in_their_logarithm(tmp_path):
+    results = sized("uniform", 2, 10, 1000) + sized("uniform", 4, 8, 2000) + sized("uniform", 8, 6, 4000)
+    # At 1000 and 4000 parameters one nat above and one below: in the middle of the logarithms, at 2000.
+    results += sized("fim-rank", 2, 7, 1000) + sized("fim-rank", 8, 5, 4000)
+    results += sized("adalora", 2, 6, 1000) + sized("random", 2, 9, 1000) + sized("random", 8, 7, 4000)
+    results += sized("lora-ga", 2, 1, 10, seeds=1)
+    sizes = report.sizes_of(results)["sst2, all-linear, 40 steps"]
+    assert sizes["uniform"][8] == pytest.approx((4000, 6, math.sqrt(2.5 / 5), 0.5))
+    assert report.parameters_to_reach(sizes["fim-rank"].values(), 6) == pytest.approx(2000)
+
+    report.write_docs(results, tmp_path)
+    text = (tmp_path / "evidence_tables.md").read_text()
+    assert "| uniform | 10.000 (50.0 %) | 8.000 (50.0 %) | 6.000 (50.0 %) | 4,000 | 100% |" in text
+    assert "| fim-rank | 7.000 (50.0 %) | – | 5.000 (50.0 %) | 2,000 | 50% |" in text
+    assert "| adalora | 6.000 (50.0 %) | – | – | ≤ 1,000 | ≤ 25% |" in text
+    assert "| random | 9.000 (50.0 %) | – | 7.000 (50.0 %) | – | – |" in text
+    assert "lora-ga" not in sizes
+    assert (tmp_path / "evidence_parameters.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_ranks_are_no_curve():
+    assert report.sizes_of(sized("uniform", 2, 10, 1000) + sized("uniform", 4, 8, 2000)) == {}
+
+
+def test_precisions_are_not_compared_with_each_other():
+    half = run_of("fim-rank", loss=0.5)
+    half["run"]["dtype"] = "bfloat16"
+    reference = run_of(loss=0.75)
+    reference["run"]["dtype"] = "bfloat16"
+    tasks = report.report([run_of(), run_of("fim-rank", loss=0.9), reference, half])["tasks"]
+    assert tasks["gsm8k, all-linear, r = 2, 40 steps"]["fim-rank"]["mean_loss_gain"] == pytest.approx(0.1)
+    assert tasks["gsm8k, all-linear, r = 2, 40 steps, bfloat16"]["fim-rank"]["mean_loss_gain"] == pytest.approx(0.25)
+
+
+def test_exact_matches_are_the_mean_over_the_seeds_that_have_them(tmp_path):
+    results = [run_of(seed=seed) for seed in range(3)]
+    for result, share in zip(results[1:], (0.25, 0.5), strict=True):
+        result["test"] |= {"exact_match": share, "exact_match_examples": 32}
+    report.write_docs([*results, *(run_of("random", seed=seed) for seed in range(3))], tmp_path)
+    text = (tmp_path / "evidence_tables.md").read_text()
+    table = text[text.index("### Exact match: gsm8k") :]
+    assert "| uniform | 37.5% | 64 | 2 |" in table
+    assert "random" not in table
+
+
 def test_the_documents_have_every_method_and_a_picture(tmp_path):
     results = [run_of(), run_of("fim-rank", loss=0.9), run_of("random", loss=1.1)]
+    results += [run_of(rank=8), run_of(rank=4), run_of("fim-rank", loss=0.9, rank=4)]
     report.write_docs(results, tmp_path)
     text = (tmp_path / "evidence_tables.md").read_text()
     assert "| fim-rank | +10.00 [+10.00, +10.00] |" in text
-    assert "| fim-rank | 40 | 100% | 2.0 |" in text
+    assert "| fim-rank | 40 | 1 of 1 | 2.0 |" in text
+    assert "### Exact match" not in text
     assert (tmp_path / "evidence_gains.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_results_of_the_project_are_read_whatever_their_age():
+    results = report.read_results(pathlib.Path(report.__file__).parent / "results" / "quality")
+    assert any("dtype" not in result["run"] for result in results)
+    content = report.report(results)
+    assert {"mean_gain", "ci95", "params_ratio", "runs"} <= content["overall"]["fim-rank"].keys()
+    assert "banking77, all-linear, r = 2, 120 steps" in content["tasks"]
 
 
 # --- Cost --------------------------------------------------------------------------------------------------------
