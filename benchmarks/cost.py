@@ -63,7 +63,7 @@ from cost_methods import (
     timed_squared_norms,
     tiny_batches,
 )
-from cost_shapes import PREFIX, pass_operations, random_batches, random_model
+from cost_shapes import PREFIX, in_four_bits, pass_operations, random_batches, random_model
 from peak_memory import ALLOCATOR_ENVIRONMENT, MIB, extra_peak
 
 DTYPES = ("float32", "bfloat16")
@@ -136,7 +136,7 @@ def time_rounds(
 ) -> dict[str, list[float]]:
     """Time the methods in turn; each round begins with another one."""
     for method in methods:
-        time_method(method, case, batches[:1], device)
+        time_method(method, case, tiny_batches(batches), device)
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     for number in range(repeats):
         first = number % len(methods)
@@ -364,6 +364,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of torch; default: torch's own choice")
     parser.add_argument("--device", type=torch.device, default=None, help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the frozen model (%(default)s)")
+    parser.add_argument("--four-bits", action="store_true", help="linear layers in NF4, by bitsandbytes")
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     for name in ("batch_size", "length", "batches", "repeats", "eva_repeats", "r"):
@@ -385,6 +386,9 @@ def load_case(arguments: argparse.Namespace) -> tuple[Case, list[Batch]]:
         model, tokenizer = load_model(arguments.model, arguments.device)
         batches = make_batches(tokenizer, arguments.data, *size)
     model.to(getattr(torch, arguments.dtype))
+    if arguments.four_bits:
+        model = in_four_bits(model, arguments.device)
+        model.config.use_cache = False
     return Case(model, resolved_targets(model, arguments.target_modules, arguments.r), arguments.r), batches
 
 
@@ -403,6 +407,7 @@ def describe_settings(arguments: argparse.Namespace, case: Case) -> dict[str, An
         "repeats": arguments.repeats,
         "device": str(arguments.device),
         "dtype": arguments.dtype,
+        "four bits": arguments.four_bits,
     }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 PREFIX = "shape:"
 """Before the name of a shape, where else a model is named."""
@@ -56,6 +58,30 @@ def random_model(name: str, device: torch.device) -> nn.Module:
     return model
 
 
+def in_four_bits(model: Any, device: torch.device) -> nn.Module:
+    """The same model with linear layers in NF4 with double quantisation, as QLoRA has them.
+
+    Args:
+        model: A causal language model; its dtype is that of the computation.
+        device: Where to put it.
+
+    Returns:
+        Another model. bitsandbytes has to be installed.
+    """
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=model.dtype,
+    )
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder))
+        quantised: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=model.dtype, quantization_config=quantization, device_map={"": device}
+        )
+    return quantised
+
+
 def random_batches(
     vocabulary: int, batch_size: int, length: int, number: int, device: torch.device
 ) -> list[dict[str, Tensor]]:
@@ -92,6 +118,7 @@ def pass_operations(model: Any, batch_size: int, length: int) -> float:
         Operations of one batch.
     """
     config = model.config
-    weights: int = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights: int = sum(module.in_features * module.out_features for module in linear)
     attention: int = config.num_hidden_layers * config.hidden_size
     return 4.0 * batch_size * length * weights + 6.0 * batch_size * length**2 * attention

@@ -4,7 +4,8 @@
     python benchmarks/cost_sweep.py --print    # the table alone
 
 Every point is a process of its own and one JSON file in `results/cost`. All methods of a point are interleaved within
-its process, so the ratios of a line are of one run. The weights are random. Llama-3-8B is for a GPU.
+its process, so the ratios of a line are of one run. The weights are random. NF4 needs bitsandbytes. Llama-3-8B is for
+a GPU (`--gpu`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from tqdm import tqdm
 
 from cost_shapes import PREFIX
 
-REPEATS = 3
-LOOP, LOADER, LORA_GA = "fim-own-loop", "fim-dataloader", "lora-ga"
+LOOP, LOADER, EXACT, LORA_GA = "fim-own-loop", "fim-dataloader", "fim-exact", "lora-ga"
 
 
 class Point(NamedTuple):
@@ -31,31 +31,47 @@ class Point(NamedTuple):
     shape: str
     batch_size: int
     length: int
-    batches: int
+    batches: int = 1
     methods: tuple[str, ...] = (LOADER, LOOP)
+    dtype: str = "float32"
+    four_bits: bool = False
+    repeats: int = 3
 
     @property
     def file(self) -> str:
         """Name of its result."""
-        return f"{self.shape}-b{self.batch_size}-t{self.length}.json"
+        precision = "" if self.dtype == "float32" else f"-{self.dtype}"
+        return f"{self.shape}-b{self.batch_size}-t{self.length}{precision}{'-nf4' * self.four_bits}.json"
 
 
-_WITH_LORA_GA = (LOADER, LOOP, LORA_GA)
+_BESIDE_EXACT = (LOADER, LOOP, EXACT)
+_BESIDE_LORA_GA = (LOADER, LOOP, LORA_GA)
+_BESIDE_BOTH = (LOADER, LOOP, EXACT, LORA_GA)
 POINTS = (
-    Point("smollm2-135m", 4, 64, 4, _WITH_LORA_GA),
-    Point("smollm2-135m", 4, 256, 1, _WITH_LORA_GA),
-    Point("smollm2-135m", 4, 512, 1),
-    Point("smollm2-135m", 1, 1024, 1, _WITH_LORA_GA),
-    Point("smollm2-135m", 1, 2048, 1),
-    Point("smollm2-135m", 1, 4096, 1),
-    Point("smollm2-360m", 2, 256, 1, _WITH_LORA_GA),
     Point("smollm2-135m", 1, 64, 4),
-    Point("smollm2-135m", 16, 64, 1),
-    Point("smollm2-135m", 1, 512, 2),
-    Point("smollm2-1.7b", 1, 256, 1),
-    Point("1001-layers", 4, 64, 4, _WITH_LORA_GA),
+    Point("smollm2-135m", 4, 64, 4, _BESIDE_LORA_GA),
+    Point("smollm2-135m", 16, 64),
+    Point("smollm2-135m", 4, 128, 2, _BESIDE_LORA_GA),
+    Point("smollm2-135m", 4, 256, 1, _BESIDE_BOTH),
+    Point("smollm2-135m", 1, 512, 2, _BESIDE_BOTH),
+    Point("smollm2-135m", 4, 512, 1, _BESIDE_EXACT),
+    Point("smollm2-135m", 1, 1024, 1, _BESIDE_BOTH),
+    Point("smollm2-135m", 1, 2048, 1, _BESIDE_EXACT),
+    Point("smollm2-135m", 1, 4096, repeats=2),
+    Point("smollm2-360m", 2, 256, 1, _BESIDE_BOTH),
+    Point("smollm2-1.7b", 1, 256, repeats=2),
+    Point("1001-layers", 4, 64, 4, _BESIDE_LORA_GA),
+    Point("smollm2-135m", 4, 64, 4, dtype="bfloat16"),
+    Point("smollm2-135m", 4, 128, 2, dtype="bfloat16"),
+    Point("smollm2-135m", 4, 256, 1, _BESIDE_EXACT, "bfloat16"),
+    Point("smollm2-135m", 1, 1024, 1, _BESIDE_EXACT, "bfloat16"),
+    Point("smollm2-135m", 4, 64, 4, dtype="bfloat16", four_bits=True),
 )
-GPU_POINTS = (Point("llama-3-8b", 1, 512, 2), Point("llama-3-8b", 4, 512, 2), Point("llama-3-8b", 1, 4096, 1))
+GPU_POINTS = tuple(
+    Point("llama-3-8b", batch_size, length, 2, dtype="bfloat16", four_bits=four_bits)
+    for four_bits in (False, True)
+    for batch_size, length in ((1, 512), (4, 512), (1, 4096))
+)
 
 
 def measure(point: Point, folder: Path) -> None:
@@ -63,7 +79,8 @@ def measure(point: Point, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("cost.py")), PREFIX + point.shape]
     command += ["--batch-size", str(point.batch_size), "--length", str(point.length), "--batches", str(point.batches)]
-    command += ["--repeats", str(REPEATS), "--methods", *point.methods, "--no-breakdown"]
+    command += ["--repeats", str(point.repeats), "--methods", *point.methods, "--no-breakdown"]
+    command += ["--dtype", point.dtype, *["--four-bits"] * point.four_bits]
     unfinished = folder / (point.file + ".part")
     subprocess.run([*command, "--json", str(unfinished)], check=True, stdout=subprocess.DEVNULL)
     unfinished.rename(folder / point.file)
@@ -72,9 +89,9 @@ def measure(point: Point, folder: Path) -> None:
 def as_markdown(reports: list[dict[str, Any]]) -> str:
     """The table."""
     lines = [
-        "| model | B × T | plain LoRA, s | over the limit | dataloader | own loop | LoRA-GA "
+        "| model | B × T | plain LoRA, s | over the limit | dataloader | own loop | dataloader, exact | LoRA-GA "
         "| extra peak, dataloader | extra peak, own loop | allocation, steps |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     return "\n".join([*lines, *map(_line, reports)])
 
@@ -84,15 +101,20 @@ def _line(report: dict[str, Any]) -> str:
     settings = report["settings"]
     step = statistics.median(rows["lora"]["seconds"]) / settings["batches"]
     cells = [
-        settings["model"].removeprefix(PREFIX),
+        _model(settings),
         f"{settings['batch size']} × {settings['length']}",
         f"{step:.2f}",
         f"{step / report['limit']['seconds_per_batch']:.2f}",
-        *(_ratio(rows.get(method)) for method in (LOADER, LOOP, LORA_GA)),
+        *(_ratio(rows.get(method)) for method in (LOADER, LOOP, EXACT, LORA_GA)),
         *(f"{rows[method]['extra_peak_ratio']:.2f}" for method in (LOADER, LOOP)),
         f"{report['allocation_seconds'] / step:.2f}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _model(settings: dict[str, Any]) -> str:
+    precision = "" if settings["dtype"] == "float32" else f", {settings['dtype']}"
+    return f"{settings['model'].removeprefix(PREFIX)}{precision}{', NF4' * settings['four bits']}"
 
 
 def _ratio(row: dict[str, Any] | None) -> str:
