@@ -284,7 +284,19 @@ class _AllocatorWithinUniform(RankAllocator):  # type: ignore[misc]
 
 def _adalora(setting: Setting) -> Any:
     """It starts at 1.5 times the rank and ends at uniform LoRA's parameters."""
-    init_r = max(setting.rank + 1, round(1.5 * setting.rank))
+    return adalora_from(setting, max(setting.rank + 1, round(1.5 * setting.rank)))
+
+
+def adalora_from(setting: Setting, init_r: int) -> Any:
+    """AdaLoRA that begins with some rank everywhere.
+
+    Args:
+        setting: The setting.
+        init_r: The rank. With that of uniform LoRA no rank is ever moved, and its form of the adapter is what is left.
+
+    Returns:
+        The adapted model.
+    """
     config = AdaLoraConfig(
         init_r=init_r,
         target_r=setting.rank,

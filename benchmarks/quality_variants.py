@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fim_lora import FimConfig, FimScores, RankAllocation
-from quality_methods import SCALING, Method, Setting, by_scores, fim_scores, with_means, with_ranks
+from quality_methods import SCALING, Method, Setting, adalora_from, by_scores, fim_scores, with_means, with_ranks
 
 HEAD_WARM_UP_ROUNDS = 5
 """How often the warm-up of a new classifier goes through the calibration batches."""
@@ -199,6 +199,11 @@ def _spectrum(setting: Setting) -> Any:
     return setting.adapted(with_ranks(allocation, ranks).to_lora_config(config))
 
 
+def _adalora_with_uniform_ranks(setting: Setting) -> Any:
+    """AdaLoRA's form of the adapter, a diagonal between two random matrices, without its ranks."""
+    return adalora_from(setting, setting.rank)
+
+
 VARIANTS: dict[str, Method] = {
     "fim-scaling-sqrt": _scaled(0.5),
     "fim-scaling-not-adjusted": _scaled(1.0),
@@ -210,5 +215,6 @@ VARIANTS: dict[str, Method] = {
     "fim-batch-gradients": _batch_gradients,
     "fim-warm-head": _after_head_warm_up,
     "fim-spectrum": _spectrum,
+    "adalora-uniform-ranks": _adalora_with_uniform_ranks,
 }
 """Name to method."""
