@@ -62,11 +62,15 @@ def _bounded(factor: int) -> Method:
 # --- The score ---------------------------------------------------------------------------------------------------
 
 
-def _sum_over_entries(setting: Setting) -> Any:
-    """The squared norm of the gradient, and not its mean over the entries of the weight."""
-    scores = fim_scores(setting)
-    sums = {name: score.mean * score.shape[0] * score.shape[1] for name, score in scores.items()}
-    return by_scores(setting, with_means(scores, sums), budget="parameters")
+def _sum_over_entries(score_exponent: float = 1.0) -> Method:
+    """The squared norm of the gradient, and not its mean over the entries of the weight; with 1/2, its norm."""
+
+    def adapter(setting: Setting) -> Any:
+        scores = fim_scores(setting)
+        sums = {name: score.mean * score.shape[0] * score.shape[1] for name, score in scores.items()}
+        return by_scores(setting, with_means(scores, sums), budget="parameters", score_exponent=score_exponent)
+
+    return adapter
 
 
 @contextmanager
@@ -211,7 +215,8 @@ VARIANTS: dict[str, Method] = {
     "uniform-scaling-by-rank": _uniform_with_scaling_by_rank,
     "fim-r_max-2r": _bounded(2),
     "fim-r_max-8r": _bounded(8),
-    "fim-sum": _sum_over_entries,
+    "fim-sum": _sum_over_entries(),
+    "fim-sum-1/2": _sum_over_entries(0.5),
     "fim-batch-gradients": _batch_gradients,
     "fim-warm-head": _after_head_warm_up,
     "fim-spectrum": _spectrum,
