@@ -292,7 +292,7 @@ def adalora_from(setting: Setting, init_r: int) -> Any:
 
     Args:
         setting: The setting.
-        init_r: The rank. With that of uniform LoRA no rank is ever moved, and its form of the adapter is what is left.
+        init_r: The rank.
 
     Returns:
         The adapted model.

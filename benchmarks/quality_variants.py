@@ -205,7 +205,13 @@ def _spectrum(setting: Setting) -> Any:
 
 def _adalora_with_uniform_ranks(setting: Setting) -> Any:
     """AdaLoRA's form of the adapter, a diagonal between two random matrices, without its ranks."""
-    return adalora_from(setting, setting.rank)
+    model = adalora_from(setting, setting.rank)
+    model.base_model.update_and_allocate = _keep_ranks  # PEFT's cannot drop none
+    return model
+
+
+def _keep_ranks(step: int) -> None:
+    pass
 
 
 VARIANTS: dict[str, Method] = {
