@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
@@ -9,10 +11,13 @@ from peft.utils.other import get_pattern_key
 from fim_lora.patterns import resolve_pattern, write_pattern
 
 # Few characters, so that keys match: by a dot that stands for another character, too, and by expressions.
-_NAMES = st.lists(st.text("ab1._", min_size=1, max_size=6), unique=True, max_size=8)
+_NAME = st.text("ab1._-", min_size=1, max_size=6)
+_NAMES = st.lists(_NAME, unique=True, max_size=8)
 _KEYS = st.one_of(
-    st.text("ab1._", min_size=1, max_size=5),
-    st.sampled_from(["^a", "a|b", ".*", r"\d+", r"a\.b", "[ab]", "a$", "(a|1).b", "b+", "a.", ".a", "."]),
+    st.text("ab1._-", min_size=1, max_size=5),
+    _NAME.map(re.escape),
+    _NAME.map(lambda name: f"^{re.escape(name)}"),
+    st.sampled_from(["^a", "a|b", ".*", r"\d+", r"a\.b", "[ab]", "a$", "(a|1).b", "b+", "a.", ".a", ".", "^", "^^a"]),
 )
 
 
@@ -25,7 +30,7 @@ def test_every_layer_gets_what_pefts_own_function_finds_for_it(names: list[str],
     assert resolve_pattern(pattern, names, 0) == expected
 
 
-@given(values=st.dictionaries(st.text("ab1._", min_size=1, max_size=6), st.integers(1, 3), max_size=8))
+@given(values=st.dictionaries(_NAME, st.integers(1, 3), max_size=8))
 @settings(max_examples=300, deadline=None)
 def test_a_written_pattern_says_what_was_meant(values: dict[str, int]) -> None:
     pattern = write_pattern(values, 1)

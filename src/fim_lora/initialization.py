@@ -118,7 +118,7 @@ def initialize_lora_fim_ranks(
                 forward_fn or forward_fn_default,
                 show_progress_bar,
             )
-    apply_allocation(model, adapter_name, allocation, new_config, directions)
+    apply_allocation(model, layers, adapter_name, allocation, new_config, directions)
     forget_estimator(model, adapter_name)
     return allocation
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TypeVar
 
 from peft import LoraConfig
@@ -30,42 +31,62 @@ def resolve_pattern(pattern: Mapping[str, Value] | None, names: Iterable[str], d
     Returns:
         Layer name to value, in the order of `names`.
     """
-    resolved = dict.fromkeys(names, default)
-    unmatched: dict[str, list[str]] = defaultdict(list)
-    for name in resolved:
-        unmatched[_last_part(name)].append(name)
-    # One key at a time: Python keeps only so many compiled expressions, and PEFT's function compiles by itself.
-    for key, value in (pattern or {}).items():
-        for last_part, group in unmatched.items():
-            if not _may_match_end(key, last_part):
+    value_of = resolver(pattern, default)
+    return {name: value_of(name) for name in names}
+
+
+def resolver(pattern: Mapping[str, Value] | None, default: Value) -> Callable[[str], Value]:
+    """PEFT's own matching, for one layer after the other.
+
+    Args:
+        pattern: A `rank_pattern` or `alpha_pattern`.
+        default: Value of a layer that no key matches.
+
+    Returns:
+        A function from layer name, as in the base model, to value.
+    """
+    values = pattern or {}
+    possible = _PossibleKeys(values)
+    # PEFT's function returns the name itself where no key matches, and PEFT looks that up like a key.
+    return lambda name: values.get(get_pattern_key(possible.of(name), name), default)
+
+
+class _PossibleKeys:
+    """The keys that may match a name.
+
+    PEFT's function compiles every key that it is given, and Python keeps only so many compiled expressions. So a
+    thousand keys for a thousand names take it many seconds, and it is asked only about those that may match.
+    """
+
+    # Nothing in it has a meaning in a regular expression, but for an initial `^` and dots that are not escaped.
+    _LITERAL = re.compile(r"\^?((?:[^\\^$*+?{}\[\]|()]|\\[^0-9A-Za-z])+)")
+    _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._position = {key: number for number, key in enumerate(keys)}
+        self._expressions: list[str] = []
+        # By what follows the last dot, length and number of dots; in it, keys by what they say.
+        self._literal: dict[tuple[str, int, int], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for key in self._position:
+            literal = self._LITERAL.fullmatch(key)
+            if literal is None:
+                self._expressions.append(key)
                 continue
-            matched = {name for name in group if _may_match(key, name) and get_pattern_key([key], name) == key}
-            resolved.update(dict.fromkeys(matched, value))
-            if matched:
-                unmatched[last_part] = [name for name in group if name not in matched]
-    return resolved
+            text = self._ESCAPED.sub(r"\1", literal[1])
+            self._literal[text.rpartition(".")[2], len(text), text.count(".")][text].append(key)
 
-
-# PEFT's own matching of a thousand keys with a thousand names takes seconds, and so it is asked only where it may say
-# yes. Of a plain key nothing but its dots, which stand for any character, has a meaning in a regular expression.
-_PLAIN_KEY = re.compile(r"[\w.]+")
-
-
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _may_match_end(key: str, last_part: str) -> bool:
-    """What follows the last dot of a plain key is matched as it is."""
-    return not _PLAIN_KEY.fullmatch(key) or last_part.endswith(_last_part(key))
-
-
-def _may_match(key: str, name: str) -> bool:
-    """A plain key matches a name that ends with it, or that has another character at one of its dots."""
-    if not _PLAIN_KEY.fullmatch(key):
-        return True
-    end = name[-len(key) :]
-    return end == key or end.count(".") < key.count(".")
+    def of(self, name: str) -> list[str]:
+        """In the order of the pattern."""
+        keys = list(self._expressions)
+        for (last_part, length, dots), by_text in self._literal.items():
+            if not name.endswith(last_part):
+                continue
+            end = name[-length:]
+            if end.count(".") < dots:  # a dot of the key may stand for another character
+                keys.extend(chain.from_iterable(by_text.values()))
+            else:
+                keys.extend(by_text.get(end, ()))
+        return sorted(keys, key=self._position.__getitem__)
 
 
 def write_pattern(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
@@ -81,7 +102,10 @@ def write_pattern(values: Mapping[str, Value], default: Value) -> dict[str, Valu
     """
     different = {name: value for name, value in values.items() if value != default}
     plain = {re.escape(name).replace(r"\.", "."): value for name, value in different.items()}
-    if resolve_pattern(plain, values, default) == dict(values):
+    possible = _PossibleKeys(plain)
+    # PEFT need not be asked whether a name matches itself.
+    alone = all(possible.of(name) == ([name] if name in plain else []) for name in values)
+    if alone or resolve_pattern(plain, values, default) == dict(values):
         return plain
     return {f"^{re.escape(name)}": value for name, value in different.items()}
 

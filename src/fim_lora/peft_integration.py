@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import peft
 import torch
@@ -41,8 +43,6 @@ _PREFIX = "base_model.model."
 # Attribute of the base model: adapter name to estimator. It is a plain attribute, so that copies and pickles of the
 # model take it along, and it is in no state dict.
 _ESTIMATORS = "_fim_estimators"
-
-_Named = TypeVar("_Named")
 
 
 # --- Teaching PEFT ---
@@ -280,7 +280,7 @@ def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None
     sharded = [
         name
         for name, layer in layers.items()
-        if in_fsdp1 or are_sharded(parameter for key, parameter in layer.named_parameters() if "lora_" in key)
+        if in_fsdp1 or any(are_sharded(_own_parts(one)[1].values()) for one in _rebuilt_together(layer))
     ]
     if not sharded:
         return
@@ -405,12 +405,13 @@ def lora_layers_disabled(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
+    modules = list(model.modules())
     estimators = [
         (estimator, estimator.paused)
-        for module in model.modules()
+        for module in modules
         for estimator in module.__dict__.get(_ESTIMATORS, {}).values()
     ]
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
     disabled = [layer.disable_adapters for layer in layers]
     requires_grad = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     try:
@@ -465,6 +466,7 @@ def forget_estimator(model: nn.Module, adapter_name: str) -> None:
 
 def apply_allocation(
     model: nn.Module,
+    layers: Mapping[str, LoraLayer],
     adapter_name: str,
     allocation: RankAllocation,
     new_config: LoraConfig,
@@ -477,6 +479,7 @@ def apply_allocation(
 
     Args:
         model: The model.
+        layers: Name to LoRA layer of the adapter.
         adapter_name: The adapter.
         allocation: Ranks and `lora_alpha` of its layers.
         new_config: The adapter's config with the patterns of the allocation.
@@ -487,7 +490,6 @@ def apply_allocation(
         TypeError: If PEFT cannot initialise a layer from a weight of its dtype.
         RuntimeError: If a rebuilt layer has not the rank or scaling that was meant.
     """
-    layers = adapter_layers(model, adapter_name)
     dropped = {name: layer for name, layer in layers.items() if allocation.ranks[name] == 0}
     if dropped:
         _require_droppable(model, adapter_name, dropped, set(layers) - set(dropped), new_config)
@@ -515,9 +517,11 @@ def apply_allocation(
     for states in before.values():
         for state in states:
             state.keep_parameters()
-    for layer in dropped.values():
-        _drop(model, layer, adapter_name, new_config.bias)
-    _forget_targets(model, (name for name, layer in dropped.items() if not set(layer.r) - {adapter_name}))
+    if dropped:
+        parents = _parents(model)
+        for layer in dropped.values():
+            _drop(parents, layer, adapter_name, new_config.bias)
+        _forget_targets(model, (name for name, layer in dropped.items() if not set(layer.r) - {adapter_name}))
     # In place, because the model and its tuner share the object.
     config = cast(Any, model).peft_config[adapter_name]
     config.__dict__.update(new_config.__dict__)
@@ -538,9 +542,12 @@ def _rebuild(
 
 
 def _states(layer: Any, adapter_name: str, init_lora_weights: bool | str) -> list[_LayerState]:
-    """The state of a layer, and of the one that PEFT rebuilds with it."""
-    together = [layer, layer.base_layer.out_proj] if isinstance(layer, MultiheadAttention) else [layer]
-    return [_LayerState(one, adapter_name, init_lora_weights) for one in together]
+    return [_LayerState(one, adapter_name, init_lora_weights) for one in _rebuilt_together(layer)]
+
+
+def _rebuilt_together(layer: Any) -> list[Any]:
+    """A layer, and the one that PEFT rebuilds with it."""
+    return [layer, layer.base_layer.out_proj] if isinstance(layer, MultiheadAttention) else [layer]
 
 
 class _LayerState:
@@ -550,21 +557,23 @@ class _LayerState:
         self.layer = layer
         self._adapter_name = adapter_name
         self._entries = {
-            container: getattr(layer, container)[adapter_name]
+            container: entries[adapter_name]
             for container in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant")
-            if adapter_name in _container(layer, container)
+            if adapter_name in (entries := _container(layer, container))
         }
-        self._parameters = dict(self._own(layer.named_parameters()))
+        self._modules, self._parameters = _own_parts(layer)
+        self._old_parameters = self._parameters
         self._requires_grad = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
-        self._training = {name: module.training for name, module in self._own(layer.named_modules())}
+        self._training = {name: module.training for name, module in self._modules.items()}
         self._base_weight = _weight_before(layer, init_lora_weights)
 
     def carry_over(self) -> None:
         """Give the rebuilt adapter the device, dtype, mode, dropout and `requires_grad` of the one before."""
         if "lora_dropout" in self._entries:
             self.layer.lora_dropout[self._adapter_name] = self._entries["lora_dropout"]
-        for name, parameter in self._own(self.layer.named_parameters()):
-            old = self._parameters.get(name)
+        self._modules, self._parameters = _own_parts(self.layer)
+        for name, parameter in self._parameters.items():
+            old = self._old_parameters.get(name)
             if old is None or old is parameter:
                 continue
             device = parameter.device if old.device.type == "meta" else old.device
@@ -573,8 +582,8 @@ class _LayerState:
 
     def keep_parameters(self) -> None:
         """Put the new tensors into the `nn.Parameter` objects of before, which an optimizer may hold."""
-        for name, parameter in list(self._own(self.layer.named_parameters())):
-            old = self._parameters.get(name)
+        for name, parameter in self._parameters.items():
+            old = self._old_parameters.get(name)
             if old is None or old is parameter or old.device.type == "meta":
                 continue
             old.grad = None
@@ -582,8 +591,8 @@ class _LayerState:
             # which knows the old shape. PyTorch makes a new one only if the dtype changes.
             old.data = old.data.new_empty(0, dtype=torch.complex64)
             old.data = parameter.data
-            owner, _, attribute = name.rpartition(".")
-            setattr(self.layer.get_submodule(owner), attribute, old)
+            owner, attribute = name
+            setattr(self._modules[owner], attribute, old)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -591,25 +600,45 @@ class _LayerState:
             getattr(self.layer, container)[self._adapter_name] = entry
         if self._base_weight is not None:
             self.layer.get_base_layer().weight.data = self._base_weight
+        self._modules, self._parameters = _own_parts(self.layer)
         self._set_flags()
 
     def _set_flags(self) -> None:
-        for name, parameter in self._own(self.layer.named_parameters()):
+        for name, parameter in self._parameters.items():
             if name in self._requires_grad:
                 parameter.requires_grad_(self._requires_grad[name])
-        for name, module in self._own(self.layer.named_modules()):
-            module.training = self._training.get(name, self.layer.training)
+        for module_name, module in self._modules.items():
+            training = self._training.get(module_name, self.layer.training)
+            if module.training != training:
+                module.training = training
 
-    @staticmethod
-    def _own(named: Iterable[tuple[str, _Named]]) -> list[tuple[str, _Named]]:
-        """Without the base layer, in which other LoRA layers may lie."""
-        return [(name, value) for name, value in named if name.partition(".")[0] != "base_layer"]
+
+def _own_parts(layer: LoraLayer) -> tuple[dict[str, nn.Module], dict[tuple[str, str], nn.Parameter]]:
+    """A layer's modules, and their parameters by the name of the module and their own.
+
+    Without the base layer, in which other LoRA layers may lie.
+    """
+    base = layer.base_layer
+    modules: list[tuple[str, nn.Module]] = [("", cast(nn.Module, layer))]
+    for name, module in modules:  # which grows on the way
+        for child_name, child in module._modules.items():
+            if child is not None and child is not base:
+                modules.append((f"{name}.{child_name}", child))
+    parameters = {
+        (name, own_name): parameter
+        for name, module in modules
+        for own_name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    return dict(modules), parameters
 
 
 def _require_weights_at_hand(layers: Mapping[str, LoraLayer], init_lora_weights: bool | str) -> None:
     """What is changed in an offloaded weight is lost."""
+    if not _changes_weight(init_lora_weights):
+        return
     offloaded = [name for name, layer in layers.items() if is_offloaded(layer.get_base_layer())]
-    if offloaded and _changes_weight(init_lora_weights):
+    if offloaded:
         raise ValueError(
             f"init_lora_weights={init_lora_weights!r} changes the base weight, but that of layer {offloaded[0]!r} is "
             "offloaded: load the model without offloading, or choose another initialisation."
@@ -649,7 +678,16 @@ def _require_droppable(
         )
 
 
-def _drop(model: nn.Module, layer: Any, adapter_name: str, bias: str) -> None:
+def _parents(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
+    """Where every module is: in which other one, and under which name."""
+    parents: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for name, child in module.named_children():
+            parents.setdefault(child, (module, name))
+    return parents
+
+
+def _drop(parents: dict[nn.Module, tuple[nn.Module, str]], layer: Any, adapter_name: str, bias: str) -> None:
     """Take an adapter off a layer, and the LoRA layer away if it was the last."""
     for state in _states(layer, adapter_name, True):
         for name, parameter in state.layer.named_parameters():
@@ -659,12 +697,7 @@ def _drop(model: nn.Module, layer: Any, adapter_name: str, bias: str) -> None:
         for state in _states(layer, adapter_name, True):
             _delete_adapter(state.layer, adapter_name)
         return
-    parent, attribute = next(
-        (module, child_name)
-        for module in model.modules()
-        for child_name, child in module.named_children()
-        if child is layer
-    )
+    parent, attribute = parents[layer]
     if isinstance(layer, MultiheadAttention):
         base = layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
     elif isinstance(layer, ParamWrapper):
@@ -674,6 +707,7 @@ def _drop(model: nn.Module, layer: Any, adapter_name: str, bias: str) -> None:
     if bias == "lora_only" and not isinstance(base, ParamWrapper):
         base.requires_grad_(False)
     setattr(parent, attribute, base)
+    parents[base] = parent, attribute
 
 
 def _delete_adapter(layer: Any, adapter_name: str) -> None:
@@ -706,7 +740,7 @@ def _container(layer: LoraLayer, name: str) -> Any:
 def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:
     """`update_layer` takes the config from PEFT 0.19 on, and before that the fields of it that it needs."""
     signatures = (
-        inspect.signature(owner.__dict__["update_layer"]).parameters
+        _parameter_names(owner.__dict__["update_layer"])
         for owner in type(layer).__mro__
         if "update_layer" in owner.__dict__
     )
@@ -718,10 +752,15 @@ def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in parameters if name not in own and hasattr(config, name)}
 
 
+@functools.cache
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
 def _verify_layer(name: str, layer: LoraLayer, adapter_name: str, rank: int, alpha: float, config: LoraConfig) -> None:
     scaling = alpha / (rank**0.5 if config.use_rslora else rank)
     found = (layer.r[adapter_name], layer.scaling[adapter_name])
-    if found[0] != rank or not torch.isclose(torch.tensor(found[1]), torch.tensor(scaling)):
+    if found[0] != rank or not math.isclose(found[1], scaling, rel_tol=1e-5):
         raise RuntimeError(
             f"PEFT built layer {name!r} with rank {found[0]} and scaling {found[1]}, not {rank} and {scaling}."
         )

@@ -15,7 +15,7 @@ from .allocation import allocate_ranks, budget_of
 from .config import FimConfig
 from .json_files import InvalidFileError, boolean, integer, number, read_json, write_json
 from .layer_grid import format_grid
-from .patterns import Value, resolve_pattern, write_pattern, write_targets
+from .patterns import Value, resolve_pattern, resolver, write_pattern, write_targets
 from .scores import FimScores
 
 SCHEMA_VERSION = 1
@@ -312,16 +312,16 @@ def verify_patterns(config: LoraConfig, allocation: RankAllocation) -> None:
     Raises:
         RuntimeError: If a pattern resolves to another value. It names the layer.
     """
-    for attribute, default, meant in (
-        ("rank_pattern", config.r, allocation.ranks),
-        ("alpha_pattern", config.lora_alpha, allocation.alphas),
-    ):
-        kept = {name: value for name, value in meant.items() if allocation.ranks[name] > 0}
-        resolved = resolve_pattern(getattr(config, attribute), kept, default)
-        for name, value in kept.items():
-            if resolved[name] != value:
+    checks = (
+        ("rank_pattern", resolver(config.rank_pattern, config.r), allocation.ranks),
+        ("alpha_pattern", resolver(config.alpha_pattern, config.lora_alpha), allocation.alphas),
+    )
+    # Layer by layer, because both patterns have mostly the same keys, and Python keeps the last compiled ones.
+    for name in (name for name, rank in allocation.ranks.items() if rank > 0):
+        for attribute, value_of, meant in checks:
+            if (value := value_of(name)) != meant[name]:
                 raise RuntimeError(
-                    f"PEFT would give layer {name!r} the value {resolved[name]!r} of {attribute}, not {value!r}. "
+                    f"PEFT would give layer {name!r} the value {value!r} of {attribute}, not {meant[name]!r}. "
                     "Please report this together with the names of the model's layers."
                 )
 
