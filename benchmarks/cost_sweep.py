@@ -48,24 +48,21 @@ _BESIDE_EXACT = (LOADER, LOOP, EXACT)
 _BESIDE_LORA_GA = (LOADER, LOOP, LORA_GA)
 _BESIDE_BOTH = (LOADER, LOOP, EXACT, LORA_GA)
 POINTS = (
-    Point("smollm2-135m", 1, 64, 4),
-    Point("smollm2-135m", 4, 64, 4, _BESIDE_LORA_GA),
-    Point("smollm2-135m", 16, 64),
-    Point("smollm2-135m", 4, 128, 2, _BESIDE_LORA_GA),
+    Point("smollm2-135m", 4, 64, 2, _BESIDE_LORA_GA),
+    Point("smollm2-135m", 4, 128, 1, _BESIDE_LORA_GA),
     Point("smollm2-135m", 4, 256, 1, _BESIDE_BOTH),
-    Point("smollm2-135m", 1, 512, 2, _BESIDE_BOTH),
-    Point("smollm2-135m", 4, 512, 1, _BESIDE_EXACT),
-    Point("smollm2-135m", 1, 1024, 1, _BESIDE_BOTH),
-    Point("smollm2-135m", 1, 2048, 1, _BESIDE_EXACT),
-    Point("smollm2-135m", 1, 4096, repeats=2),
-    Point("smollm2-360m", 2, 256, 1, _BESIDE_BOTH),
-    Point("smollm2-1.7b", 1, 256, repeats=2),
-    Point("1001-layers", 4, 64, 4, _BESIDE_LORA_GA),
-    Point("smollm2-135m", 4, 64, 4, dtype="bfloat16"),
+    Point("smollm2-135m", 1, 512, 1, _BESIDE_BOTH),
+    Point("1001-layers", 4, 64, 2, _BESIDE_LORA_GA),
     Point("smollm2-135m", 4, 128, 2, dtype="bfloat16"),
-    Point("smollm2-135m", 4, 256, 1, _BESIDE_EXACT, "bfloat16"),
     Point("smollm2-135m", 1, 1024, 1, _BESIDE_EXACT, "bfloat16"),
-    Point("smollm2-135m", 4, 64, 4, dtype="bfloat16", four_bits=True),
+    Point("smollm2-135m", 1, 2048, repeats=2),
+    Point("smollm2-135m", 4, 64, 2, dtype="bfloat16", four_bits=True),
+    Point("smollm2-360m", 2, 256),
+    Point("smollm2-135m", 1, 64, 4),
+    Point("smollm2-135m", 16, 64),
+    Point("smollm2-135m", 4, 512),
+    Point("smollm2-1.7b", 1, 256, repeats=2),
+    Point("smollm2-135m", 1, 4096, repeats=2),
 )
 GPU_POINTS = tuple(
     Point("llama-3-8b", batch_size, length, 2, dtype="bfloat16", four_bits=four_bits)

@@ -391,7 +391,7 @@ def sizes_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[i
         results: All runs.
 
     Returns:
-        Setting without rank to method to rank to size, of those with enough seeds.
+        Setting without rank to method to rank to size, of those with enough seeds at two ranks or more.
     """
     needed = seeds_needed(results)
     found: dict[str, dict[str, dict[int, Size]]] = defaultdict(lambda: defaultdict(dict))
@@ -400,7 +400,9 @@ def sizes_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[i
             if len(by_seed) >= needed:
                 found[setting.without_rank][method][setting.rank] = _size(list(by_seed.values()))
     return {
-        name: dict(methods) for name, methods in found.items() if len(methods.get(REFERENCE, ())) >= _RANKS_OF_A_CURVE
+        name: {method: sizes for method, sizes in methods.items() if len(sizes) > 1}
+        for name, methods in found.items()
+        if len(methods.get(REFERENCE, ())) >= _RANKS_OF_A_CURVE
     }
 
 

@@ -534,7 +534,8 @@ def test_parameters_for_a_loss_are_interpolated_in_their_logarithm(tmp_path):
     results = sized("uniform", 2, 10, 1000) + sized("uniform", 4, 8, 2000) + sized("uniform", 8, 6, 4000)
     # At 1000 and 4000 parameters one nat above and one below: in the middle of the logarithms, at 2000.
     results += sized("fim-rank", 2, 7, 1000) + sized("fim-rank", 8, 5, 4000)
-    results += sized("adalora", 2, 6, 1000) + sized("random", 2, 9, 1000) + sized("random", 8, 7, 4000)
+    results += sized("adalora", 2, 6, 1000) + sized("adalora", 4, 5, 2000) + sized("inverse", 2, 5, 1000)
+    results += sized("random", 2, 9, 1000) + sized("random", 8, 7, 4000)
     results += sized("lora-ga", 2, 1, 10, seeds=1)
     sizes = report.sizes_of(results)["sst2, all-linear, 40 steps"]
     assert sizes["uniform"][8] == pytest.approx((4000, 6, math.sqrt(2.5 / 5), 0.5))
@@ -544,7 +545,8 @@ def test_parameters_for_a_loss_are_interpolated_in_their_logarithm(tmp_path):
     text = (tmp_path / "evidence_tables.md").read_text()
     assert "| uniform | 10.000 (50.0 %) | 8.000 (50.0 %) | 6.000 (50.0 %) | 4,000 | 100% |" in text
     assert "| fim-rank | 7.000 (50.0 %) | – | 5.000 (50.0 %) | 2,000 | 50% |" in text
-    assert "| adalora | 6.000 (50.0 %) | – | – | ≤ 1,000 | ≤ 25% |" in text
+    assert "| adalora | 6.000 (50.0 %) | 5.000 (50.0 %) | – | ≤ 1,000 | ≤ 25% |" in text
+    assert "inverse" not in sizes  # one rank is no line
     assert "| random | 9.000 (50.0 %) | – | 7.000 (50.0 %) | – | – |" in text
     assert "lora-ga" not in sizes
     assert (tmp_path / "evidence_parameters.png").read_bytes().startswith(b"\x89PNG")
