@@ -111,7 +111,7 @@ def _line(report: dict[str, Any]) -> str:
 
 def _model(settings: dict[str, Any]) -> str:
     precision = "" if settings["dtype"] == "float32" else f", {settings['dtype']}"
-    return f"{settings['model'].removeprefix(PREFIX)}{precision}{', NF4' * settings['four bits']}"
+    return f"{settings['model'].removeprefix(PREFIX)}{precision}{', NF4' * settings.get('four bits', False)}"
 
 
 def _ratio(row: dict[str, Any] | None) -> str:

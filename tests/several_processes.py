@@ -1,6 +1,7 @@
 """What `test_distributed.py` runs with torchrun: every case in every process; what it returns goes to a file."""
 
 import json
+import os
 import sys
 import tempfile
 import traceback
@@ -399,6 +400,10 @@ def main(argument):
             result = {"error": traceback.format_exc()}
         Path(folder, f"{name}-{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
+    # All results are written. On a busy machine PyTorch's own threads may abort the interpreter while it shuts down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
