@@ -65,6 +65,12 @@ def error_line(capsys):
 # --- What is written ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [[], ["--exact"]])
+def test_long_examples_are_read_exactly_if_asked_for(llama, data, tmp_path, options):
+    assert allocate(llama, data, tmp_path / "out", *options) == 0
+    assert RankAllocation.load(tmp_path / "out" / "fim_allocation.json").fim_config.exact == bool(options)
+
+
 def test_allocate_writes_three_files_and_nothing_else(llama, data, tmp_path, capsys):
     assert allocate(llama, data, tmp_path / "out") == 0
     assert files(tmp_path / "out") == OUR_FILES
