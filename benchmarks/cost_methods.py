@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -190,15 +191,9 @@ def prepare_lora(case: Case, batches: list[Batch]) -> Run:
     return lambda: forward_backward(model, batches)
 
 
-def prepare_fim_dataloader(case: Case, batches: list[Batch]) -> Run:
+def prepare_fim_dataloader(case: Case, batches: list[Batch], exact: bool = False) -> Run:
     """The calibration over a dataloader, on an adapter that awaits its ranks."""
-    model = case.fim_adapter(batches)
-    return lambda: _calibrate(model, batches)
-
-
-def prepare_fim_exact(case: Case, batches: list[Batch]) -> Run:
-    """The calibration over a dataloader, exact also where examples are long."""
-    model = case.fim_adapter(batches, exact=True)
+    model = case.fim_adapter(batches, exact)
     return lambda: _calibrate(model, batches)
 
 
@@ -275,7 +270,7 @@ METHODS = {
     "lora": Method("plain LoRA, forward + backward", prepare_lora),
     "fim-dataloader": Method("FIM calibration, dataloader", prepare_fim_dataloader),
     "fim-own-loop": Method("FIM hooks in a LoRA loop", prepare_fim_own_loop),
-    "fim-exact": Method("FIM calibration, dataloader, exact", prepare_fim_exact),
+    "fim-exact": Method("FIM calibration, dataloader, exact", partial(prepare_fim_dataloader, exact=True)),
     "eva": Method("EVA until convergence", prepare_eva),
     "lora-ga": Method("LoRA-GA gradients", prepare_lora_ga),
 }

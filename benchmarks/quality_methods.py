@@ -7,7 +7,7 @@ allocation of fim-lora included, so that the comparison is about the score.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,12 +180,12 @@ def ranks_on_other_layers(
     for _ in range(_PERMUTATIONS):
         shuffled = list(ranks.values())
         draw.shuffle(shuffled)
-        size = _parameters(shuffled, costs)
+        size = _parameters(shuffled, costs.values())
         if most < size <= limit:
             best, most = shuffled, size
     if most < 0:
         best = _swapped(shuffled, list(costs.values()), limit, draw)
-    if _parameters(best, costs) > limit:
+    if _parameters(best, costs.values()) > limit:
         layers = ", ".join(sorted(costs, key=lambda name: -costs[name])[:3])
         raise RuntimeError(
             f"The ranks {sorted(ranks.values())} of {len(ranks)} layers (the largest: {layers}) were on no other "
@@ -194,8 +194,8 @@ def ranks_on_other_layers(
     return dict(zip(costs, best, strict=True))
 
 
-def _parameters(ranks: Sequence[int], costs: Mapping[str, int]) -> int:
-    return sum(rank * cost for rank, cost in zip(ranks, costs.values(), strict=True))
+def _parameters(ranks: Iterable[int], costs: Iterable[int]) -> int:
+    return sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
 
 
 def _swapped(ranks: Sequence[int], costs: Sequence[int], limit: int, draw: random.Random) -> list[int]:
@@ -204,7 +204,7 @@ def _swapped(ranks: Sequence[int], costs: Sequence[int], limit: int, draw: rando
     Above the limit there is always a swap that lowers them, unless no order of the ranks has fewer.
     """
     ranks = list(ranks)
-    size = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    size = _parameters(ranks, costs)
     for _ in range(_SWAPS):
         one, other = draw.randrange(len(ranks)), draw.randrange(len(ranks))
         changed = size + (ranks[one] - ranks[other]) * (costs[other] - costs[one])
