@@ -123,30 +123,18 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-class SavedCall:
-    """The arguments of a call, saved by autograd until the gradient comes.
+class SavedInput:
+    """The input of a call, saved by autograd until the gradient comes.
 
-    So checkpointing recomputes them instead of keeping them, offloading moves them, and changing them in place raises.
+    So checkpointing recomputes it instead of keeping it, offloading moves it, and changing it in place raises.
 
     Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        output: The output, if it is needed again.
-        random: State of the random numbers before the call, if it is needed again.
+        tensors: The input, and what else is to be saved.
     """
 
-    def __init__(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor | None = None,
-        random: RandomState | None = None,
-    ) -> None:
-        leaves, self._structure = tree_flatten((args, kwargs, output))
-        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        self._others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        self._random = random
-        self._anchor: Tensor | None = _SaveForBackward.apply(torch.ones((), requires_grad=True), *tensors)
+    def __init__(self, *tensors: Tensor) -> None:
+        detached = (tensor.detach() for tensor in tensors)
+        self._anchor: Tensor | None = _SaveForBackward.apply(torch.ones((), requires_grad=True), *detached)
 
     def take(self, name: str, gradient: Tensor) -> LayerCall:
         """The call, once: what was saved is let go with it, as autograd does after a backward pass.
@@ -161,6 +149,10 @@ class SavedCall:
         Raises:
             RuntimeError: If it was taken before.
         """
+        (saved,) = self._take_tensors(name)
+        return LayerCall((_on_device_of(gradient, saved),), {}, None, None, gradient)
+
+    def _take_tensors(self, name: str) -> tuple[Tensor, ...]:
         anchor, self._anchor = self._anchor, None
         if anchor is None:
             raise RuntimeError(
@@ -168,12 +160,40 @@ class SavedCall:
                 "Add the losses up and call `backward()` once."
             )
         node: Any = anchor.grad_fn
-        tensors = iter(node.saved_tensors)
+        tensors: tuple[Tensor, ...] = node.saved_tensors
+        return tensors
+
+
+class SavedCall(SavedInput):
+    """All arguments and the output of a call, saved in the same way, of a layer that is run again.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        output: The output.
+        random: State of the random numbers before the call.
+    """
+
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, random: RandomState | None
+    ) -> None:
+        leaves, self._structure = tree_flatten((args, kwargs, output))
+        self._others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
+        self._random = random
+        super().__init__(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+
+    def take(self, name: str, gradient: Tensor) -> LayerCall:
+        """As `SavedInput.take`."""
+        tensors = iter(self._take_tensors(name))
         leaves = [next(tensors) if other is None else other[0] for other in self._others]
         args, kwargs, output = tree_unflatten(leaves, self._structure)
-        # Accelerate moves the arguments inside of the call, where a layer and the one before lie on two devices.
-        args, kwargs = send_to_device((args, kwargs), gradient.device)
+        args, kwargs = _on_device_of(gradient, (args, kwargs))
         return LayerCall(args, kwargs, output, self._random, gradient)
+
+
+def _on_device_of(gradient: Tensor, arguments: Any) -> Any:
+    """Accelerate moves the arguments inside of the call, where a layer and the one before lie on two devices."""
+    return send_to_device(arguments, gradient.device)
 
 
 class _SaveForBackward(torch.autograd.Function):

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .calls import LayerCall, RandomState, SavedCall, input_of
+from .calls import LayerCall, RandomState, SavedCall, SavedInput, input_of
 from .distributed import gathered, process_number
 from .examples import UnattributableError, batch_size_of
 from .fisher_sums import FisherSums
@@ -201,10 +201,11 @@ class FisherEstimator:
                 value if tensor is None else tensor.detach().requires_grad_().clone()
                 for value, tensor in zip(outputs, tensors, strict=True)
             ]
+        saved: SavedInput
         if self.layers[name].layer_type.runs_again:
             saved = SavedCall(args, kwargs, outputs[0], random)
         else:
-            saved = SavedCall((input_of(args, kwargs),), {})
+            saved = SavedInput(input_of(args, kwargs))
         outputs[0].register_hook(partial(self._receive, name, saved))
         for further in outputs[1:]:
             if isinstance(further, Tensor) and further.requires_grad:
@@ -213,7 +214,7 @@ class FisherEstimator:
             return None
         return tuple(outputs) if isinstance(output, tuple) else outputs[0]
 
-    def _receive(self, name: str, saved: SavedCall, gradient: Tensor) -> None:
+    def _receive(self, name: str, saved: SavedInput, gradient: Tensor) -> None:
         """The hook on the output: pair its gradient with the call, and finish the layer after its last call."""
         if self.paused or self.num_batches == self.max_batches:
             return

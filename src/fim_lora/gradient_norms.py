@@ -76,6 +76,10 @@ def gram_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMP
     size = min(max(size, 1), positions)
     group = max(numbers // (2 * size * (size + copied)), 1)
 
+    if examples <= group and positions <= size:
+        # Small layers are many; slicing them would take as long as the products.
+        x, g = x.to(dtype), g.to(dtype)
+        return _sum_of_product(x, x, g, g)
     norms = x.new_zeros(examples, dtype=dtype)
     for some in _slices(examples, group):
         for rows in _slices(positions, size):
@@ -115,6 +119,8 @@ def materialised_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = 
     block = min(max(half // copied, 1), positions)
     group = max(min(half // (rows * d_in), half // (block * copied)), 1)
 
+    if examples <= group and d_out <= rows and positions <= block:
+        return torch.linalg.vector_norm(g.to(dtype).mT @ x.to(dtype), dim=(1, 2)).square_()
     norms = x.new_zeros(examples, dtype=dtype)
     for some in _slices(examples, group):
         for out in _slices(d_out, rows):
