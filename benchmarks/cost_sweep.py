@@ -48,11 +48,11 @@ _BESIDE_EXACT = (LOADER, LOOP, EXACT)
 _BESIDE_LORA_GA = (LOADER, LOOP, LORA_GA)
 _BESIDE_BOTH = (LOADER, LOOP, EXACT, LORA_GA)
 POINTS = (
-    Point("smollm2-135m", 4, 64, 2, _BESIDE_LORA_GA),
-    Point("smollm2-135m", 4, 128, 1, _BESIDE_LORA_GA),
+    Point("smollm2-135m", 4, 64, 4, _BESIDE_LORA_GA, repeats=5),
+    Point("smollm2-135m", 4, 128, 2, _BESIDE_LORA_GA, repeats=5),
     Point("smollm2-135m", 4, 256, 1, _BESIDE_BOTH),
     Point("smollm2-135m", 1, 512, 1, _BESIDE_BOTH),
-    Point("1001-layers", 4, 64, 2, _BESIDE_LORA_GA),
+    Point("1001-layers", 4, 64, 8, _BESIDE_LORA_GA),
     Point("smollm2-135m", 4, 128, 2, dtype="bfloat16"),
     Point("smollm2-135m", 1, 1024, 1, _BESIDE_EXACT, "bfloat16"),
     Point("smollm2-135m", 1, 2048, repeats=2),
