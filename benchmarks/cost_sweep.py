@@ -4,8 +4,9 @@
     python benchmarks/cost_sweep.py --print    # the table alone
 
 Every point is a process of its own and one JSON file in `results/cost`. All methods of a point are interleaved within
-its process, so the ratios of a line are of one run. The weights are random. NF4 needs bitsandbytes. Llama-3-8B is for
-a GPU (`--gpu`).
+its process, so the ratios of a line are of one run. The weights are random. NF4 needs bitsandbytes. bfloat16
+(`--bfloat16`) is for processors with instructions for it; others emulate it, many times slower. Llama-3-8B is for a GPU
+(`--gpu`).
 """
 
 from __future__ import annotations
@@ -53,16 +54,19 @@ POINTS = (
     Point("smollm2-135m", 4, 256, 1, _BESIDE_BOTH),
     Point("smollm2-135m", 1, 512, 1, _BESIDE_BOTH),
     Point("1001-layers", 4, 64, 8, _BESIDE_LORA_GA),
-    Point("smollm2-135m", 4, 128, 2, dtype="bfloat16"),
-    Point("smollm2-135m", 1, 1024, 1, _BESIDE_EXACT, "bfloat16"),
-    Point("smollm2-135m", 1, 2048, repeats=2),
-    Point("smollm2-135m", 4, 64, 2, dtype="bfloat16", four_bits=True),
-    Point("smollm2-360m", 2, 256),
+    Point("smollm2-135m", 4, 64, 2, four_bits=True),
     Point("smollm2-135m", 1, 64, 4),
     Point("smollm2-135m", 16, 64),
+    Point("smollm2-360m", 2, 256),
+    Point("smollm2-135m", 1, 2048, repeats=2),
+    Point("smollm2-135m", 1, 4096, repeats=2),
     Point("smollm2-135m", 4, 512),
     Point("smollm2-1.7b", 1, 256, repeats=2),
-    Point("smollm2-135m", 1, 4096, repeats=2),
+)
+BFLOAT16_POINTS = (
+    Point("smollm2-135m", 4, 128, 2, dtype="bfloat16"),
+    Point("smollm2-135m", 1, 1024, 1, _BESIDE_EXACT, "bfloat16"),
+    Point("smollm2-135m", 4, 64, 2, dtype="bfloat16", four_bits=True),
 )
 GPU_POINTS = tuple(
     Point("llama-3-8b", batch_size, length, 2, dtype="bfloat16", four_bits=four_bits)
@@ -125,9 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "cost")
     parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--bfloat16", action="store_true", help="points for a processor that computes in it, too")
     parser.add_argument("--gpu", action="store_true", help="the points for a GPU, too")
     options = parser.parse_args()
-    points = POINTS + GPU_POINTS * options.gpu
+    points = POINTS + BFLOAT16_POINTS * options.bfloat16 + GPU_POINTS * options.gpu
     missing = [] if options.print else [point for point in points if not (options.results / point.file).exists()]
     for point in tqdm(missing):
         measure(point, options.results)
