@@ -5,8 +5,8 @@
 
 Every point is a process of its own and one JSON file in `results/cost`. All methods of a point are interleaved within
 its process, so the ratios of a line are of one run. The weights are random. NF4 needs bitsandbytes. bfloat16
-(`--bfloat16`) is for processors with instructions for it; others emulate it, many times slower. Llama-3-8B is for a GPU
-(`--gpu`).
+(`--bfloat16`) is for processors with instructions for it; others emulate it, many times slower. Llama-3-8B is for a
+GPU (`--gpu`).
 """
 
 from __future__ import annotations

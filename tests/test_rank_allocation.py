@@ -405,7 +405,7 @@ def test_files_that_are_no_json_of_ours(tmp_path, text):
 def test_printing_shows_a_compact_table():
     # By hand: the last two layers are at r_min=1, λ = 46 / 3.3 for the others, three ranks go by remainder.
     assert str(allocation()) == (
-        "6 layers, budget 48 of 48 ranks, 4 batches, 16 examples\n"
+        "6 layers, budget 48 of 48 ranks, 16 examples in 4 batches\n"
         "\n"
         "model.layers\n"
         "   q_proj  v_proj\n"

@@ -296,8 +296,7 @@ class RankAllocation:
     def __str__(self) -> str:
         unit = "ranks" if self.fim_config.budget == "rank" else "parameters"
         heading = (
-            f"{len(self.ranks)} layers, budget {self.budget_used:,} of {self.budget:,} {unit}, "
-            f"{self.num_batches} batches, {self.num_examples} examples"
+            f"{len(self.ranks)} layers, budget {self.budget_used:,} of {self.budget:,} {unit}, {self.scores.measured}"
         )
         return f"{heading}\n\n{format_grid(self.ranks)}"
 
