@@ -123,36 +123,18 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-class SavedInput:
-    """The input of a call, saved by autograd until the gradient comes.
+class _SavedTensors:
+    """Tensors saved by autograd until the gradient comes.
 
-    So checkpointing recomputes it instead of keeping it, offloading moves it, and changing it in place raises.
-
-    Args:
-        tensors: The input, and what else is to be saved.
+    So checkpointing recomputes them instead of keeping them, offloading moves them, and changing them in place raises.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
         detached = (tensor.detach() for tensor in tensors)
         self._anchor: Tensor | None = _SaveForBackward.apply(torch.ones((), requires_grad=True), *detached)
 
-    def take(self, name: str, gradient: Tensor) -> LayerCall:
-        """The call, once: what was saved is let go with it, as autograd does after a backward pass.
-
-        Args:
-            name: Name of the layer, for the error.
-            gradient: Gradient of the output.
-
-        Returns:
-            The call.
-
-        Raises:
-            RuntimeError: If it was taken before.
-        """
-        (saved,) = self._take_tensors(name)
-        return LayerCall((_on_device_of(gradient, saved),), {}, None, None, gradient)
-
-    def _take_tensors(self, name: str) -> tuple[Tensor, ...]:
+    def take(self, name: str) -> tuple[Tensor, ...]:
+        """The tensors, once: they are let go, as autograd does after a backward pass. `name` is the layer's."""
         anchor, self._anchor = self._anchor, None
         if anchor is None:
             raise RuntimeError(
@@ -164,8 +146,36 @@ class SavedInput:
         return tensors
 
 
-class SavedCall(SavedInput):
-    """All arguments and the output of a call, saved in the same way, of a layer that is run again.
+class SavedInput:
+    """The input of a call, saved until the gradient comes.
+
+    Args:
+        x: The input.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._saved = _SavedTensors(x)
+
+    def take(self, name: str, gradient: Tensor) -> LayerCall:
+        """The call, once.
+
+        Args:
+            name: Name of the layer, for the error.
+            gradient: Gradient of the output.
+
+        Returns:
+            The call.
+
+        Raises:
+            RuntimeError: If it was taken before.
+        """
+        # Accelerate moves the arguments inside of the call, where a layer and the one before lie on two devices.
+        args = send_to_device(self._saved.take(name), gradient.device)
+        return LayerCall(args, {}, None, None, gradient)
+
+
+class SavedCall:
+    """All arguments and the output of a call, saved until the gradient comes, of a layer that is run again.
 
     Args:
         args: Positional arguments.
@@ -180,20 +190,15 @@ class SavedCall(SavedInput):
         leaves, self._structure = tree_flatten((args, kwargs, output))
         self._others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         self._random = random
-        super().__init__(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        self._saved = _SavedTensors(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def take(self, name: str, gradient: Tensor) -> LayerCall:
         """As `SavedInput.take`."""
-        tensors = iter(self._take_tensors(name))
+        tensors = iter(self._saved.take(name))
         leaves = [next(tensors) if other is None else other[0] for other in self._others]
         args, kwargs, output = tree_unflatten(leaves, self._structure)
-        args, kwargs = _on_device_of(gradient, (args, kwargs))
+        args, kwargs = send_to_device((args, kwargs), gradient.device)
         return LayerCall(args, kwargs, output, self._random, gradient)
-
-
-def _on_device_of(gradient: Tensor, arguments: Any) -> Any:
-    """Accelerate moves the arguments inside of the call, where a layer and the one before lie on two devices."""
-    return send_to_device(arguments, gradient.device)
 
 
 class _SaveForBackward(torch.autograd.Function):

@@ -201,7 +201,7 @@ class FisherEstimator:
                 value if tensor is None else tensor.detach().requires_grad_().clone()
                 for value, tensor in zip(outputs, tensors, strict=True)
             ]
-        saved: SavedInput
+        saved: SavedInput | SavedCall
         if self.layers[name].layer_type.runs_again:
             saved = SavedCall(args, kwargs, outputs[0], random)
         else:
@@ -214,7 +214,7 @@ class FisherEstimator:
             return None
         return tuple(outputs) if isinstance(output, tuple) else outputs[0]
 
-    def _receive(self, name: str, saved: SavedInput, gradient: Tensor) -> None:
+    def _receive(self, name: str, saved: SavedInput | SavedCall, gradient: Tensor) -> None:
         """The hook on the output: pair its gradient with the call, and finish the layer after its last call."""
         if self.paused or self.num_batches == self.max_batches:
             return

@@ -120,6 +120,7 @@ def materialised_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = 
     group = max(min(half // (rows * d_in), half // (block * copied)), 1)
 
     if examples <= group and d_out <= rows and positions <= block:
+        # As above: no slices where one product is all.
         return torch.linalg.vector_norm(g.to(dtype).mT @ x.to(dtype), dim=(1, 2)).square_()
     norms = x.new_zeros(examples, dtype=dtype)
     for some in _slices(examples, group):
