@@ -158,12 +158,16 @@ class Bench:
         initial_parameters = adapter_parameters(model)
 
         curve, seconds = [], 0.0
+        part = splits.development[:MEASURED_ON]
         for step, taken in self._train(model, task, run, batches(chosen[: run.steps * size], size, pad, self.device)):
             seconds += taken
-            if step % MEASURED_EVERY == 0:
-                part = splits.development[:MEASURED_ON]
+            if step % MEASURED_EVERY == 0 and step < run.steps:
                 curve.append([step, self._measure(model, task, part, pad)["loss"]])
         development = self._measure(model, task, splits.development, pad)
+        if run.steps % MEASURED_EVERY == 0:
+            # Of a small split the part is the whole, which is not measured twice.
+            last = development if len(part) == len(splits.development) else self._measure(model, task, part, pad)
+            curve.append([run.steps, last["loss"]])
         test = self._measure(model, task, splits.test, pad)
         if task.causal and num_answers:
             questions = splits.test[:num_answers]
