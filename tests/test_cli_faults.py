@@ -114,6 +114,8 @@ def started(code, environment, *arguments):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # Where the tests run in the background of a shell, they inherit that interruptions are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             yield process
