@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from .products import multiplies_narrow_uncopied, multiplies_uncopied, product, product_with_narrow
 from .sketch import WIDTH, Sketch, most_exact_positions, random_signs
 
 MAX_TEMPORARY_BYTES = 64 * 2**20
@@ -32,8 +34,9 @@ def squared_norms(
 ) -> Tensor:
     """`‖g_tᵀ x_t‖²_F` of every example t, in the cheaper of two forms (Bu et al. 2022, arXiv:2205.10683).
 
-    Computed in float32, or in float64 if a tensor is float64, whatever autocast says. Long examples may be read
-    through a random projection instead.
+    Computed in float32, or in float64 if a tensor is float64, whatever autocast says: where a GPU multiplies in half
+    precision, products and sums are in float32 all the same. Long examples may be read through a random projection
+    instead.
 
     Args:
         x: Input of the layer (B × T × d_in).
@@ -71,31 +74,33 @@ def gram_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMP
     examples, positions = x.shape[:2]
     numbers = max_temporary_bytes // dtype.itemsize
     # A pair of blocks of s positions takes 2 s² numbers for its Gram matrices and 2 s · copied for its copies.
-    copied = _copied_features(x, g, dtype)
+    copied = _copied_features((x, x), (g, g), dtype=dtype)
     size = (math.isqrt(copied**2 + 2 * numbers) - copied) // 2
     size = min(max(size, 1), positions)
     group = max(numbers // (2 * size * (size + copied)), 1)
 
     if examples <= group and positions <= size:
         # Small layers are many; slicing them would take as long as the products.
-        x, g = x.to(dtype), g.to(dtype)
-        return _sum_of_product(x, x, g, g)
+        x, g = _copied(x, dtype), _copied(g, dtype)
+        return _sum_of_product(x, x, g, g, dtype)
     norms = x.new_zeros(examples, dtype=dtype)
     for some in _slices(examples, group):
         for rows in _slices(positions, size):
-            x_rows, g_rows = x[some, rows].to(dtype), g[some, rows].to(dtype)
-            norms[some] += _sum_of_product(x_rows, x_rows, g_rows, g_rows)
+            x_rows, g_rows = _copied(x[some, rows], dtype), _copied(g[some, rows], dtype)
+            norms[some] += _sum_of_product(x_rows, x_rows, g_rows, g_rows, dtype)
             for columns in _slices(positions, size, start=rows.stop):
-                x_columns, g_columns = x[some, columns].to(dtype), g[some, columns].to(dtype)
+                x_columns, g_columns = _copied(x[some, columns], dtype), _copied(g[some, columns], dtype)
                 # The Gram matrices are symmetric, so the block below the diagonal gives the same sum again.
-                norms[some] += 2 * _sum_of_product(x_rows, x_columns, g_rows, g_columns)
+                norms[some] += 2 * _sum_of_product(x_rows, x_columns, g_rows, g_columns, dtype)
     return norms
 
 
-def _sum_of_product(x_rows: Tensor, x_columns: Tensor, g_rows: Tensor, g_columns: Tensor) -> Tensor:
-    product = x_rows @ x_columns.mT
-    product *= g_rows @ g_columns.mT
-    return product.sum(dim=(1, 2))
+def _sum_of_product(
+    x_rows: Tensor, x_columns: Tensor, g_rows: Tensor, g_columns: Tensor, dtype: torch.dtype
+) -> Tensor:
+    gram = product(x_rows, x_columns.mT, dtype)
+    gram *= product(g_rows, g_columns.mT, dtype)
+    return gram.sum(dim=(1, 2))
 
 
 def materialised_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMPORARY_BYTES) -> Tensor:
@@ -115,19 +120,19 @@ def materialised_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = 
     # Half of the memory for the gradients, half for the copies.
     half = max_temporary_bytes // dtype.itemsize // 2
     rows = min(max(half // d_in, 1), d_out)
-    copied = max(_copied_features(x, g, dtype), 1)
+    copied = max(_copied_features((x, g), (g, x), dtype=dtype), 1)
     block = min(max(half // copied, 1), positions)
     group = max(min(half // (rows * d_in), half // (block * copied)), 1)
 
     if examples <= group and d_out <= rows and positions <= block:
         # As above: no slices where one product is all.
-        return torch.linalg.vector_norm(g.to(dtype).mT @ x.to(dtype), dim=(1, 2)).square_()
+        return torch.linalg.vector_norm(product(g.mT, x, dtype), dim=(1, 2)).square_()
     norms = x.new_zeros(examples, dtype=dtype)
     for some in _slices(examples, group):
         for out in _slices(d_out, rows):
             gradient = x.new_zeros((norms[some].shape[0], out.stop - out.start, d_in), dtype=dtype)
             for span in _slices(positions, block):
-                gradient.baddbmm_(g[some, span, out].to(dtype).mT, x[some, span].to(dtype))
+                _add_product(gradient, g[some, span, out].mT, x[some, span])
             norms[some] += torch.linalg.vector_norm(gradient, dim=(1, 2)).square()
     return norms
 
@@ -156,31 +161,50 @@ def sketched_squared_norms(
         x, g = g, x  # the norm of the transpose is the same, and the narrower side needs fewer signs
     dtype = _compute_dtype(x, g)
     examples, positions, d_in, d_out = *x.shape, g.shape[2]
-    # Half of the memory for the signs and G ω, half for x ω and the copies.
-    half = max_temporary_bytes // dtype.itemsize // 2
-    per_position = WIDTH + _copied_features(x, g, dtype)
-    block = min(max(half // per_position, 1), positions)
-    group = max(min(half // (WIDTH * (d_in + d_out)), half // (block * per_position)), 1)
+    # Half of the memory for the signs and G ω, half for x ω and the copies, with what is there on the way to them.
+    numbers = max_temporary_bytes // dtype.itemsize
+    per_position = 5 * WIDTH + _copied_features((x, x), dtype=dtype)
+    per_position += 0 if multiplies_narrow_uncopied(g, dtype) else d_out
+    block = min(max(numbers // 2 // per_position, 1), positions)
+    group = max(min(numbers // 2 // (WIDTH * (2 * d_in + 5 * d_out)), numbers // 2 // (block * per_position)), 1)
     generator = sketch.generator(x.device)
+    signs_dtype = x.dtype if multiplies_uncopied(x, x, dtype) else dtype
 
-    norms = x.new_zeros(examples, dtype=dtype)
+    norms = []
     for some in _slices(examples, group):
-        size = some.stop - some.start
-        signs = random_signs((size, d_in, WIDTH), generator, dtype)
-        product = x.new_zeros((size, d_out, WIDTH), dtype=dtype)
-        for span in _slices(positions, block):
-            product.baddbmm_(g[some, span].to(dtype).mT, x[some, span].to(dtype) @ signs)
-        norms[some] = torch.linalg.vector_norm(product, dim=(1, 2)).square() / WIDTH
-    return norms
+        signs = random_signs((some.stop - some.start, d_in, WIDTH), generator, signs_dtype)
+        blocks = (
+            product_with_narrow(g[some, span].mT, product(x[some, span], signs, dtype))
+            for span in _slices(positions, block)
+        )
+        norms.append(torch.linalg.vector_norm(reduce(Tensor.add_, blocks), dim=(1, 2)))
+    return torch.cat(norms).square_() / WIDTH
 
 
 def _compute_dtype(x: Tensor, g: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
 
 
-def _copied_features(x: Tensor, g: Tensor, dtype: torch.dtype) -> int:
-    """Numbers per position that have to be copied to compute in `dtype`."""
-    return sum(tensor.shape[2] for tensor in (x, g) if tensor.dtype != dtype)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, with a second matrix of the size of `total` only where there are no copies."""
+    if left.dtype != total.dtype and multiplies_uncopied(left, right, total.dtype):
+        total += product(left, right, total.dtype)
+    else:
+        total.baddbmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def _copied_features(*factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> int:
+    """Numbers per position that have to be copied to compute in `dtype`: of the first of two factors each."""
+    return sum(
+        tensor.shape[2]
+        for tensor, other in factors
+        if tensor.dtype != dtype and not multiplies_uncopied(tensor, other, dtype)
+    )
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is multiplied with others of its kind, in `dtype` where it has to be copied."""
+    return tensor if multiplies_uncopied(tensor, tensor, dtype) else tensor.to(dtype)
 
 
 def _slices(length: int, size: int, start: int = 0) -> Iterator[slice]:

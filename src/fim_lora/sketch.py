@@ -77,5 +77,5 @@ def random_signs(shape: tuple[int, ...], generator: torch.Generator, dtype: torc
     Returns:
         +1 and -1.
     """
-    bits = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8)
-    return bits.to(dtype).mul_(2).sub_(1)
+    bits = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=dtype)
+    return bits.mul_(2).sub_(1)

@@ -1,0 +1,237 @@
+"""On a GPU: what is multiplied in half precision there, whole models in every precision, quantised ones, and training.
+
+Left out where there is no GPU.
+"""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora.gradient_norms import (
+    gram_squared_norms,
+    materialised_squared_norms,
+    sketched_squared_norms,
+    squared_norms,
+)
+from fim_lora.products import multiplies_uncopied
+from fim_lora.sketch import WIDTH, Sketch, random_signs
+from test_devices_and_precision import assert_scores
+from test_layer_types import LAYERS, Net, assert_score, batches_for, by_row, per_example_truth, scores_of
+from test_quantised import TARGETS, dequantised_model, float_llama
+from tiny_models import llama, lm_batches, names_of, per_example_scores, token_batch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+GPU = torch.device("cuda")
+FORMS = [gram_squared_norms, materialised_squared_norms, squared_norms]
+HALF = [torch.float16, torch.bfloat16]
+LONG = 150
+
+
+def pair(examples, positions, d_in, d_out, dtype):
+    generator = torch.Generator(GPU).manual_seed(positions)
+    sizes = (d_in, d_out)
+    return [torch.randn(examples, positions, d, generator=generator, device=GPU).to(dtype) for d in sizes]
+
+
+def to_gpu(batches):
+    return [{key: value.to(GPU) for key, value in batch.items()} for batch in batches]
+
+
+# --- Norms ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64])
+@pytest.mark.parametrize("bound", [2_000, 64 * 2**20])
+@pytest.mark.parametrize("shape", [(3, 37, 24, 18), (2, 200, 16, 40), (1, 1, 5, 3)])
+def test_norms_are_exact(form, dtype, bound, shape):
+    x, g = pair(*shape, dtype)
+    truth = (g.double().mT @ x.double()).square().sum((1, 2))
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=form is squared_norms):
+        norms = form(x, g, bound)
+    assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(norms.double(), truth, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_cancelling_gradients_stay_exact(dtype):
+    """Positions whose gradients sum to nearly nothing, with a large common input."""
+    x, g = pair(2, 256, 32, 16, dtype)
+    x, g = x + 5, (g - g.mean(1, keepdim=True, dtype=torch.float32).to(dtype))
+    truth = (g.double().mT @ x.double()).square().sum((1, 2))
+    for form in FORMS:
+        torch.testing.assert_close(form(x, g).double(), truth, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in (*HALF, torch.float32) for b in (*HALF, torch.float32)])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_the_projection_is_that_of_the_signs(dtypes, one_by_one):
+    """Of both dtypes of input and gradient, and with sums beyond the range of float16."""
+    (x, _), (_, g) = (pair(3, 150, 24, 40, dtype) for dtype in dtypes)
+    x *= 1000
+    generator = Sketch("layer", 0).generator(GPU)
+    drawn = [1, 1, 1] if one_by_one else [3]
+    signs = torch.cat([random_signs((count, 24, WIDTH), generator, torch.float64) for count in drawn])
+    truth = (g.double().mT @ x.double() @ signs).square().sum((1, 2)) / WIDTH
+    norms = sketched_squared_norms(x, g, Sketch("layer", 0), 20_000 if one_by_one else 2**26)
+    torch.testing.assert_close(norms.double(), truth, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("form", [gram_squared_norms, materialised_squared_norms, "projection"])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("shape", [(4, 2048, 1024, 1024), (1, 4096, 512, 4096)])
+def test_temporary_memory_is_bounded(form, dtype, shape):
+    x, g = pair(*shape, dtype)
+    bound = 2**24
+    run = (lambda: sketched_squared_norms(x, g, Sketch("a", 0), bound)) if form == "projection" else None
+    run = run or (lambda: form(x, g, bound))
+    run()  # the workspace of the linear-algebra library stays
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    assert 0 < torch.cuda.max_memory_allocated() - before <= bound + 2**20
+
+
+def test_half_precision_is_not_copied():
+    x, g = pair(1, 512, 2048, 2048, torch.bfloat16)
+    if not multiplies_uncopied(x, g, torch.float32):
+        pytest.skip("this PyTorch copies")
+    squared_norms(x, g)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    squared_norms(x, g)
+    # Two Gram matrices in float32, and no x in float32 beside them.
+    assert torch.cuda.max_memory_allocated() - before < 2 * 512**2 * 4 + x.numel() * 2
+
+
+# --- Layer types and models ---
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_layer_types_equal_autograd(layer):
+    torch.manual_seed(0)
+    model = Net(layer())
+    batches = batches_for(model.layer)
+    truth = per_example_truth(model, batches, ["layer.weight"], by_row)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert_score(scores_of(model.to(GPU), to_gpu(batches))["layer"], truth, rtol=1e-4)
+
+
+def truth_of(model, batches, *ends):
+    model = copy.deepcopy(model).cpu()
+    return per_example_scores(model, [{k: v.cpu() for k, v in b.items()} for b in batches], names_of(model, *ends))
+
+
+def fim_model(base, batches, **options):
+    fim_config = FimConfig(fim_calibration_batches=batches, **options)
+    config = LoraConfig(r=8, target_modules=list(TARGETS), init_lora_weights="fim", fim_config=fim_config)
+    return get_peft_model(base, config)
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+def test_whole_models_equal_autograd(dtype, rel):
+    """In half precision to what the passes themselves lose."""
+    batches = to_gpu(lm_batches(2))
+    base = llama().to(GPU, dtype)
+    truth = truth_of(base, batches, *TARGETS)
+    scores = get_fim_scores(fim_model(base, 2), batches, show_progress_bar=False)
+    assert_scores(scores, truth, rel)
+
+
+def test_long_examples_are_projected():
+    batches = to_gpu([token_batch(8, LONG, seed=seed, shortest=LONG) for seed in range(4)])
+    base = llama().to(GPU)
+    truth = truth_of(base, batches, *TARGETS)
+    random_state = torch.cuda.get_rng_state()
+    scores = get_fim_scores(fim_model(llama().to(GPU), 4), batches, show_progress_bar=False)
+    assert torch.equal(torch.cuda.get_rng_state(), random_state)
+    for name, values in truth.items():
+        assert not scores[name].exact
+        noise = (2 / WIDTH * values.square().sum()).sqrt() / len(values)
+        assert 0 < abs(scores[name].mean - values.mean()) < 5 * noise
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_a_loop_of_ones_own(dtype, checkpointing):
+    """Hooks, autocast with a gradient scaler, checkpointing; then the adapter trains with the optimizer of before."""
+    batches = to_gpu(lm_batches(2))
+    truth = truth_of(llama(), batches, *TARGETS)
+    model = fim_model(llama().to(GPU), 2)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], 1e-2)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, enabled=dtype == torch.float16)
+
+    def loss_of(batch):
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
+            return model(**batch).loss
+
+    for batch in batches:
+        scaler.scale(loss_of(batch)).backward()
+    factor = scaler.get_scale() ** 2 if dtype == torch.float16 else 1.0
+    allocation = initialize_lora_fim_ranks(model)
+    assert_scores(allocation.scores, truth, {None: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype], factor)
+    assert len(set(allocation.ranks.values())) > 1
+
+    first = loss_of(batches[0]).item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_of(batches[0]).backward()
+        optimizer.step()
+    assert loss_of(batches[0]).item() < first
+    assert all(parameter.device.type == "cuda" for parameter in model.parameters())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize(
+    ("quantisation", "rel"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, 1e-4),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}, 5e-2),
+        ({"load_in_8bit": True}, 1e-1),
+    ],
+    ids=["nf4", "nf4 bfloat16", "int8"],
+)
+def test_quantised_models_equal_autograd_of_the_dequantised(tmp_path, quantisation, rel):
+    """Int8 quantises the activations, too, which the dequantised model does not."""
+    float_llama().save_pretrained(tmp_path)
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**quantisation), dtype=torch.float32, device_map={"": 0}
+    )
+    batches = to_gpu(lm_batches(2))
+    truth = truth_of(dequantised_model(quantised), batches, *TARGETS)
+    model = fim_model(quantised, 2)
+    scores = get_fim_scores(model, batches, show_progress_bar=False)
+    assert_scores(scores, truth, rel)
+    initialize_lora_fim_ranks(model, fim_scores=scores)
+    model(**batches[0]).loss.backward()
+    assert all(torch.isfinite(value.grad).all() for value in model.parameters() if value.requires_grad)
+
+
+def test_layers_on_two_devices():
+    """The head on the host: norms of both come together."""
+
+    class Split(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(6, 5).to(GPU), nn.Linear(5, 3)
+
+        def forward(self, x, target):
+            y = self.second(torch.tanh(self.first(x.to(GPU))).cpu()).to(target.device)
+            return {"loss": (torch.tanh(y) - target[:, None]).square().flatten(1).sum(1).mean()}
+
+    model = Split()
+    batches = batches_for(nn.Linear(6, 3))
+    for name in ("first", "second"):
+        truth = per_example_truth(model, batches, [f"{name}.weight"], by_row)
+        assert_score(scores_of(model, batches, name)[name], truth, rtol=1e-4)
