@@ -1,6 +1,7 @@
 """Offloaded layers, several devices, autocast with a gradient scaler, gradient accumulation and `torch.compile`."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.calibration import calibrate
+from fim_lora.calls import SavedInput
 from fim_lora.estimator import FisherEstimator
 from tiny_models import VOCABULARY, llama, lm_batches, names_of, number_of_terms, per_example_scores, sum_of_losses
 
@@ -591,3 +593,73 @@ def test_inductor():
         compiled, estimator.layers, batches, 2, lambda model, x: model(x).square().sum() / len(x), False
     )
     assert_scores(scores, truth)
+
+
+# --- What autograd keeps ---
+
+
+class Kept:
+    """A tensor that autograd keeps, as long as it does."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def bytes_kept(model, batch):
+    """Of all tensors that autograd has at the end of a forward pass, by storage."""
+    kept = weakref.WeakSet()
+
+    def keep(tensor):
+        kept.add(holder := Kept(tensor))
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
+        loss = model(**batch).loss
+    storages = [holder.tensor.untyped_storage() for holder in kept]
+    total = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    loss.backward()
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_keep_hardly_more_than_plain_lora(dtype):
+    """Where the model is in bfloat16, PEFT's adapters are in float32, and so is the copy of the input they work on."""
+    batch = lm_batches(1, length=40)[0]
+    base = llama(4).to(dtype)
+    plain = get_peft_model(copy.deepcopy(base), LoraConfig(r=8, target_modules=list(TARGETS)))
+    model = fim_model(copy.deepcopy(base), batches=2)
+    input_of_first_block = batch["input_ids"].numel() * base.config.hidden_size * dtype.itemsize
+    more = bytes_kept(model, batch) - bytes_kept(plain, batch)
+    assert more <= (0 if dtype == torch.float32 else input_of_first_block) + 2000  # some small numbers
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("adapters", [["default"], ["other", "default"]])
+def test_scores_are_those_of_the_input_whatever_the_adapter_is_called_with(dropout, adapters):
+    batches = lm_batches(2)
+    base = llama().to(torch.bfloat16)
+    truth = get_fim_scores(copy.deepcopy(base), batches, fim_config(), show_progress_bar=False)
+    model = fim_model(base, lora_dropout=dropout)
+    if len(adapters) > 1:
+        model.add_adapter("other", LoraConfig(r=4, target_modules=list(TARGETS)))
+        model.base_model.set_adapter(adapters)
+    for batch in batches:
+        model(**batch).loss.backward()
+    scores = initialize_lora_fim_ranks(model).scores
+    for name, score in scores.items():
+        # B is zero, so the passes are those of the plain model but for the order of rounding.
+        assert score.mean == pytest.approx(truth[name].mean, rel=2e-2)
+
+
+def test_a_copy_of_another_tensor_or_to_a_coarser_dtype_is_not_taken_for_the_input():
+    x = torch.randn(2, 3, dtype=torch.bfloat16).requires_grad_() * 1
+    x, beside = torch.cat([x, 2 * x]).chunk(2)  # two outputs of one step
+    for copied in (x.half(), beside.float(), (x * 2).float(), x.float() * 2, x.detach().float(), x.float()[:1]):
+        saved = SavedInput(x)
+        saved.keep_instead(copied)
+        assert torch.equal(saved.take("layer", x).input, x)
+    saved = SavedInput(x)
+    saved.keep_instead(x.float())
+    kept = saved._saved._anchor.grad_fn.saved_tensors[0]
+    assert kept.dtype == torch.float32
+    assert torch.equal(saved.take("layer", x).input, x)

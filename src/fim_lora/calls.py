@@ -59,7 +59,7 @@ class RandomState:
             yield
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerCall:
     """One call of a layer, after its backward pass.
 
@@ -129,6 +129,8 @@ class _SavedTensors:
     So checkpointing recomputes them instead of keeping them, offloading moves them, and changing them in place raises.
     """
 
+    __slots__ = ("_anchor",)
+
     def __init__(self, *tensors: Tensor) -> None:
         detached = (tensor.detach() for tensor in tensors)
         self._anchor: Tensor | None = _SaveForBackward.apply(torch.ones((), requires_grad=True), *detached)
@@ -153,8 +155,24 @@ class SavedInput:
         x: The input.
     """
 
+    # Thousands are alive between the passes, and every object that can hold others is work for the garbage collector.
+    __slots__ = ("_dtype", "_origin", "_saved")
+
     def __init__(self, x: Tensor) -> None:
         self._saved = _SavedTensors(x)
+        self._dtype, self._origin = x.dtype, (x.grad_fn, x.output_nr)
+
+    def keep_instead(self, copied: Tensor) -> None:
+        """Save a tensor that autograd keeps anyway, if it is a copy of the input in a more precise dtype.
+
+        Args:
+            copied: What may be one. The graph tells: its only step from the input is the change of the dtype.
+        """
+        step = copied.grad_fn
+        if step is None or step.name() != "ToCopyBackward0" or step.next_functions[0] != self._origin:
+            return
+        if torch.promote_types(copied.dtype, self._dtype) == copied.dtype:
+            self._saved = _SavedTensors(copied)
 
     def take(self, name: str, gradient: Tensor) -> LayerCall:
         """The call, once.
@@ -170,8 +188,8 @@ class SavedInput:
             RuntimeError: If it was taken before.
         """
         # Accelerate moves the arguments inside of the call, where a layer and the one before lie on two devices.
-        args = send_to_device(self._saved.take(name), gradient.device)
-        return LayerCall(args, {}, None, None, gradient)
+        (x,) = send_to_device(self._saved.take(name), gradient.device)
+        return LayerCall((x.to(self._dtype),), {}, None, None, gradient)
 
 
 class SavedCall:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -65,18 +65,23 @@ class FisherEstimator:
         self._evaluating = False
         self._handles: list[RemovableHandle] = []
 
-    def attach(self, *roots: nn.Module) -> None:
+    def attach(self, *roots: nn.Module, adapters: Mapping[str, nn.Module] | None = None) -> None:
         """Register the hooks.
 
         Args:
             roots: Modules whose call is a pass of the whole model. They tell the batch size; without them it is
                 the leading dimension of each layer's input, or what `batch` was told.
+            adapters: Layer name to a module that is called behind the layer. If its input is a copy of the layer's
+                in another dtype, as where adapters are in float32 and the model is not, autograd keeps that, and it
+                is not kept twice.
         """
         for name, layer in self.layers.items():
             layer_hook = _LayerHook(self, name)
             if layer.layer_type.runs_again:
                 self._handles.append(layer.module.register_forward_pre_hook(layer_hook.before, with_kwargs=True))
             self._handles.append(layer.module.register_forward_hook(layer_hook, with_kwargs=True))
+        for name, adapter in (adapters or {}).items():
+            self._handles.append(adapter.register_forward_pre_hook(_AdapterHook(self, name)))
         for root in roots:
             root_hook = _RootHook(self)
             self._handles.append(root.register_forward_pre_hook(root_hook.before, with_kwargs=True))
@@ -205,7 +210,7 @@ class FisherEstimator:
         if self.layers[name].layer_type.runs_again:
             saved = SavedCall(args, kwargs, outputs[0], random)
         else:
-            saved = SavedInput(input_of(args, kwargs))
+            saved = self._pass.latest[name] = SavedInput(input_of(args, kwargs))
         outputs[0].register_hook(partial(self._receive, name, saved))
         for further in outputs[1:]:
             if isinstance(further, Tensor) and further.requires_grad:
@@ -213,6 +218,12 @@ class FisherEstimator:
         if not starts_graph:
             return None
         return tuple(outputs) if isinstance(output, tuple) else outputs[0]
+
+    def _observe_adapter(self, name: str, x: Any) -> None:
+        """The hook before the adapter, which is called behind the layer."""
+        saved = self._pass.latest.pop(name, None)
+        if saved is not None and isinstance(x, Tensor):
+            saved.keep_instead(x)
 
     def _receive(self, name: str, saved: SavedInput | SavedCall, gradient: Tensor) -> None:
         """The hook on the output: pair its gradient with the call, and finish the layer after its last call."""
@@ -234,7 +245,7 @@ class FisherEstimator:
         if not self.paused and self.num_batches != self.max_batches:
             self._pass.note_backward()
 
-    def _norms(self, name: str, calls: list[LayerCall], current: _Pass) -> Tensor:
+    def _norms(self, name: str, calls: list[LayerCall], current: _Pass) -> _Norms:
         """`‖G_t‖²_F` of every example (B), or of the batch as one example (1) if rows cannot be attributed."""
         layer = self.layers[name]
         first = calls[0].input
@@ -247,26 +258,34 @@ class FisherEstimator:
         was_paused, self.paused = self.paused, True  # a layer that is run again may have watched layers inside
         try:
             # G_t = B · g_tᵀ x_t, because the loss is the mean over examples of ℓ_t.
-            return layer.layer_type.squared_norms(layer, calls, size) * size**2
+            return _Norms(layer.layer_type.squared_norms(layer, calls, size), size**2)
         except UnattributableError:
             # ‖Σ_t G_t‖² / B is Σ_t ‖G_t‖² / B in expectation if the G_t are independent with mean zero.
             self._sums.unattributed.add(name)
-            return layer.layer_type.squared_norms(layer, calls, 1) * size
+            return _Norms(layer.layer_type.squared_norms(layer, calls, 1), size)
         finally:
             self.paused = was_paused
             if sketch is not None and sketch.used:
                 self._sums.sketched.add(name)
 
     def _accumulate(self, finished: _Pass) -> None:
-        names = list(finished.norms)
-        lengths = [len(finished.norms[name]) for name in names]
+        norms = finished.norms
+        lengths = [len(found.values) for found in norms.values()]
         losses = [] if finished.loss is None else [finished.loss]
-        values = _to_host([*(finished.norms[name] for name in names), *losses])
+        values = _to_host([*(found.values for found in norms.values()), *losses])
         if not np.isfinite(values).all():
             self._sums.num_skipped_batches += 1
             return
-        by_name = dict(zip(names, np.split(values, np.cumsum(lengths))[: len(names)], strict=True))
+        by_layer = np.split(values, np.cumsum(lengths))
+        by_name = {name: by_layer[place] * norms[name].factor for place, name in enumerate(norms)}
         self._sums.add(by_name, finished.batch_size or max(lengths, default=1))
+
+
+class _Norms(NamedTuple):
+    """Squared norms on their device, for the loss as it was back-propagated, and the factor that is still missing."""
+
+    values: Tensor
+    factor: int
 
 
 @dataclass
@@ -278,6 +297,7 @@ class _Pass:
         sequences_per_example: Sequences that make one example.
         counts: Whether it is a calibration batch.
         calls: Layer name to its calls in the forward pass.
+        latest: Layer name to the input of its latest call, until its adapter is called.
         waiting: Layer name to the calls with their gradients that wait for those of further calls of the layer.
         norms: Layer name to the finished squared norms.
         outstanding: Calls whose gradient has not come.
@@ -290,8 +310,9 @@ class _Pass:
     sequences_per_example: int = 1
     counts: bool = True
     calls: dict[str, int] = field(default_factory=dict)
+    latest: dict[str, SavedInput] = field(default_factory=dict)
     waiting: dict[str, list[LayerCall]] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, _Norms] = field(default_factory=dict)
     outstanding: int = 0
     has_gradients: bool = False
     running: set[int] = field(default_factory=set)
@@ -336,6 +357,19 @@ class _LayerHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         random, self.random = self.random, None
         return self.estimator._observe(self.name, args, kwargs, output, random)
+
+
+@dataclass
+class _AdapterHook:
+    """Forward hook before the adapter of a layer."""
+
+    estimator: FisherEstimator
+    name: str
+
+    @_outside_compiled_code
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args:
+            self.estimator._observe_adapter(self.name, args[0])
 
 
 @dataclass

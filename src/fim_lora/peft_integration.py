@@ -218,8 +218,10 @@ def _watch(tuner: LoraModel, model: nn.Module, adapter_name: str, fim_config: Fi
     layers, most = adapter_layers(model, adapter_name), fim_config.fim_calibration_batches
     estimator = FisherEstimator(layers, most, fim_config.exact)
     forget_estimator(model, adapter_name)  # of an adapter of that name that was unloaded
+    by_name = cast(Iterable[tuple[str, Any]], layers.items())
+    adapters = {name: layer.lora_A[adapter_name] for name, layer in by_name if adapter_name in layer.lora_A}
     # Some PeftModels call the tuner, and it the `forward` of the model; others call the model itself.
-    estimator.attach(tuner, model)
+    estimator.attach(tuner, model, adapters=adapters)
     torch.compiler.reset()  # code compiled before would not know of the hooks
     model.__dict__.setdefault(_ESTIMATORS, {})[adapter_name] = estimator
 
