@@ -20,8 +20,8 @@ them, with a run of plain LoRA directly before and after it; its ratio is to the
 ratios to either. Its many small decompositions suffer far more than the others from other work on the processor, so
 use a quiet machine, or compare the forward passes.
 
-Memory. A process of its own for each method loads the model, warms up, and reports the peak during the method over
-what was in use before it, so the weights are not counted, and the adapter is. On a CPU it is the resident memory,
+Memory. The peak during the method over what was in use before it, so the weights are not counted, and the adapter is.
+On a GPU it is what PyTorch has allocated. On a CPU it is the resident memory of a process of its own for each method,
 with an allocator that returns what is freed. `--no-memory` leaves it out.
 """
 
@@ -136,7 +136,8 @@ def time_rounds(
 ) -> dict[str, list[float]]:
     """Time the methods in turn; each round begins with another one."""
     for method in methods:
-        time_method(method, case, tiny_batches(batches), device)
+        # A GPU chooses its kernels by the shape of what they work on.
+        time_method(method, case, tiny_batches(batches) if device.type == "cpu" else batches, device)
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     for number in range(repeats):
         first = number % len(methods)
@@ -202,7 +203,7 @@ def physical_limit(case: Case, batch_size: int, length: int, device: torch.devic
         `operations` of a batch, `operations_per_second` of a large matrix product, and `seconds_per_batch`.
     """
     operations = pass_operations(case.model, batch_size, length)
-    size = 2048
+    size = 2048 if device.type == "cpu" else 8192
     dtype = next(case.model.parameters()).dtype
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     product = torch.empty(size, size, device=device, dtype=dtype)
@@ -218,12 +219,15 @@ def physical_limit(case: Case, batch_size: int, length: int, device: torch.devic
 # --- Memory ------------------------------------------------------------------------------------------------------
 
 
-def add_peaks(rows: list[Row], arguments: Sequence[str]) -> None:
-    """Measure the peak of every row in a process of its own."""
+def add_peaks(
+    rows: list[Row], case: Case, batches: list[Batch], device: torch.device, arguments: Sequence[str]
+) -> None:
+    """Measure the peak of every row: on a CPU, where it is that of the process, each in a process of its own."""
     for row in rows:
         _progress(f"memory of {row.method}")
-        result = _peak_in_child(row.method, arguments)
-        row.extra_peak_mib, row.memory_source = result["extra_peak_mib"], result["memory_source"]
+        in_child = device.type == "cpu"
+        peak = _peak_in_child(row.method, arguments) if in_child else _peak(row.method, case, batches, device)
+        row.extra_peak_mib, row.memory_source = peak["extra_peak_mib"], peak["memory_source"]
     reference = next(row.extra_peak_mib for row in rows if row.method == REFERENCE)
     for row in rows:
         if row.extra_peak_mib is not None and reference:
@@ -237,8 +241,7 @@ def _peak_in_child(method: str, arguments: Sequence[str]) -> dict[str, Any]:
     return json.loads(output.splitlines()[-1])
 
 
-def report_peak(method: str, case: Case, batches: list[Batch], device: torch.device) -> None:
-    """In the child: print the peak of a method as JSON."""
+def _peak(method: str, case: Case, batches: list[Batch], device: torch.device) -> dict[str, Any]:
     # EVA never converges on a tiny batch, so it is warmed up with passes of LoRA.
     METHODS[REFERENCE if method == EVA else method].prepare(case, tiny_batches(batches))()
     for parameter in case.model.parameters():
@@ -246,7 +249,7 @@ def report_peak(method: str, case: Case, batches: list[Batch], device: torch.dev
     gc.collect()
     with extra_peak(device) as peak:
         METHODS[method].prepare(case, batches)()
-    print(json.dumps({"extra_peak_mib": peak.extra_bytes / MIB, "memory_source": peak.source}))
+    return {"extra_peak_mib": peak.extra_bytes / MIB, "memory_source": peak.source}
 
 
 # --- Report ------------------------------------------------------------------------------------------------------
@@ -420,7 +423,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     device = arguments.device
     case, batches = load_case(arguments)
     if arguments.peak_of:
-        report_peak(arguments.peak_of, case, batches, device)
+        print(json.dumps(_peak(arguments.peak_of, case, batches, device)))
         return
     report: dict[str, Any] = {"settings": describe_settings(arguments, case), "machine": describe_machine(device)}
     rows = time_rows(arguments, case, batches, device)
@@ -429,7 +432,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     with_breakdown = CALIBRATION in arguments.methods and not arguments.no_breakdown
     breakdown = break_down(case, batches, device, arguments.repeats) if with_breakdown else None
     if not arguments.no_memory:
-        add_peaks(rows, command_line)
+        add_peaks(rows, case, batches, device, command_line)
     print_report(report, rows, breakdown)
     if arguments.json:
         report |= {"methods": [asdict(row) for row in rows], "breakdown": breakdown and asdict(breakdown)}

@@ -324,8 +324,10 @@ def allocation_seconds(case: Case, batches: list[Batch], repeats: int) -> list[f
     seconds = []
     for _ in range(repeats):
         model = case.fim_adapter(batches)
+        synchronize(batches[0]["input_ids"].device)
         start = perf_counter()
         initialize_lora_fim_ranks(model, fim_scores=scores)
+        synchronize(batches[0]["input_ids"].device)
         seconds.append(perf_counter() - start)
     return seconds
 

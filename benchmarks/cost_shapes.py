@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 PREFIX = "shape:"
 """Before the name of a shape, where else a model is named."""
@@ -59,27 +58,30 @@ def random_model(name: str, device: torch.device) -> nn.Module:
 
 
 def in_four_bits(model: Any, device: torch.device) -> nn.Module:
-    """The same model with linear layers in NF4 with double quantisation, as QLoRA has them.
+    """The model with linear layers in NF4 with double quantisation, as QLoRA has them.
 
     Args:
         model: A causal language model; its dtype is that of the computation.
-        device: Where to put it.
+        device: Where it is.
 
     Returns:
-        Another model. bitsandbytes has to be installed.
+        The same model, in which all linear layers but the head are others. bitsandbytes has to be installed.
     """
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=model.dtype,
-    )
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder))
-        quantised: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=model.dtype, quantization_config=quantization, device_map={"": device}
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    options = {"compress_statistics": True, "quant_type": "nf4"}
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name, module in linear:
+        if module is model.get_output_embeddings():
+            continue
+        quantised = bitsandbytes.nn.Linear4bit(
+            module.in_features, module.out_features, False, model.dtype, device=torch.device("meta"), **options
         )
-    return quantised
+        weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, module=quantised, **options)
+        quantised.weight = weight.to(device)
+        model.set_submodule(name, quantised)
+    model.is_loaded_in_4bit = True  # PEFT asks for it
+    quantised_model: nn.Module = model
+    return quantised_model
 
 
 def random_batches(

@@ -5,8 +5,8 @@
 
 Every point is a process of its own and one JSON file in `results/cost`. All methods of a point are interleaved within
 its process, so the ratios of a line are of one run. The weights are random. NF4 needs bitsandbytes. bfloat16
-(`--bfloat16`) is for processors with instructions for it; others emulate it, many times slower. Llama-3-8B is for a
-GPU (`--gpu`).
+(`--bfloat16`) is for processors with instructions for it; others emulate it, many times slower. `--gpu` measures the
+points for a GPU instead, with Llama-3-8B among them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ class Point(NamedTuple):
     dtype: str = "float32"
     four_bits: bool = False
     repeats: int = 3
+    gpu: bool = False
 
     @property
     def file(self) -> str:
         """Name of its result."""
         precision = "" if self.dtype == "float32" else f"-{self.dtype}"
-        return f"{self.shape}-b{self.batch_size}-t{self.length}{precision}{'-nf4' * self.four_bits}.json"
+        variant = f"{precision}{'-nf4' * self.four_bits}{'-gpu' * self.gpu}"
+        return f"{self.shape}-b{self.batch_size}-t{self.length}{variant}.json"
 
 
 _BESIDE_EXACT = (LOADER, LOOP, EXACT)
@@ -68,10 +70,26 @@ BFLOAT16_POINTS = (
     Point("smollm2-135m", 1, 1024, 1, _BESIDE_EXACT, "bfloat16"),
     Point("smollm2-135m", 4, 64, 2, dtype="bfloat16", four_bits=True),
 )
-GPU_POINTS = tuple(
-    Point("llama-3-8b", batch_size, length, 2, dtype="bfloat16", four_bits=four_bits)
-    for four_bits in (False, True)
-    for batch_size, length in ((1, 512), (4, 512), (1, 4096))
+
+
+def _on_gpu(shape: str, batch_size: int, length: int, batches: int, *more: str, four_bits: bool = False) -> Point:
+    return Point(shape, batch_size, length, batches, (LOADER, LOOP, *more), "bfloat16", four_bits, 5, gpu=True)
+
+
+GPU_POINTS = (
+    _on_gpu("llama-3-8b", 1, 512, 4, EXACT, LORA_GA),
+    _on_gpu("llama-3-8b", 4, 512, 2, EXACT, LORA_GA),
+    _on_gpu("llama-3-8b", 1, 4096, 2, EXACT, LORA_GA),
+    _on_gpu("llama-3-8b", 16, 64, 4),
+    _on_gpu("llama-3-8b", 16, 256, 2),
+    _on_gpu("llama-3-8b", 4, 2048, 1),
+    _on_gpu("llama-3-8b", 1, 512, 4, four_bits=True),
+    _on_gpu("llama-3-8b", 4, 512, 2, four_bits=True),
+    _on_gpu("llama-3-8b", 1, 4096, 2, four_bits=True),
+    _on_gpu("smollm2-1.7b", 8, 512, 4),
+    _on_gpu("smollm2-135m", 8, 128, 8, LORA_GA),
+    _on_gpu("smollm2-135m", 8, 1024, 4),
+    _on_gpu("1001-layers", 8, 64, 8),
 )
 
 
@@ -104,7 +122,7 @@ def _line(report: dict[str, Any]) -> str:
     cells = [
         _model(settings),
         f"{settings['batch size']} × {settings['length']}",
-        f"{step:.2f}",
+        f"{step:.3f}" if step < 1 else f"{step:.2f}",
         f"{step / report['limit']['seconds_per_batch']:.2f}",
         *(_ratio(rows.get(method)) for method in (LOADER, LOOP, EXACT, LORA_GA)),
         *(f"{rows[method]['extra_peak_ratio']:.2f}" for method in (LOADER, LOOP)),
@@ -130,9 +148,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "cost")
     parser.add_argument("--print", action="store_true", help="measure nothing")
     parser.add_argument("--bfloat16", action="store_true", help="points for a processor that computes in it, too")
-    parser.add_argument("--gpu", action="store_true", help="the points for a GPU, too")
+    parser.add_argument("--gpu", action="store_true", help="instead, the points for a GPU")
     options = parser.parse_args()
-    points = POINTS + BFLOAT16_POINTS * options.bfloat16 + GPU_POINTS * options.gpu
+    points = GPU_POINTS if options.gpu else POINTS + BFLOAT16_POINTS * options.bfloat16
     missing = [] if options.print else [point for point in points if not (options.results / point.file).exists()]
     for point in tqdm(missing):
         measure(point, options.results)
