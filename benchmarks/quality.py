@@ -40,6 +40,7 @@ from tqdm import tqdm
 from quality_methods import METHODS as COMPARED
 from quality_methods import Setting, adapter_parameters
 from quality_tasks import (
+    DEFAULT_TASKS,
     HUB,
     TASKS,
     Example,
@@ -397,7 +398,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoder", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id, folder or GGUF file")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "quality")
     parser.add_argument("--quick", action="store_true", help="a small grid, with results in a folder of its own")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=DEFAULT_TASKS)
     parser.add_argument(
         "--targets", nargs="+", choices=["attention", "all-linear"], default=["attention", "all-linear"]
     )

@@ -29,7 +29,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 REFERENCE = "uniform"
-METRICS = {"banking77": "accuracy", "sst2": "accuracy", "gsm8k": "loss"}
+METRICS = {
+    "banking77": "accuracy",
+    "sst2": "accuracy",
+    "gsm8k": "loss",
+    "banking77-long": "accuracy",
+    "gsm8k-long": "loss",
+}
 """Task to main metric."""
 
 TUNED_BY = "loss"
