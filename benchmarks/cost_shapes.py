@@ -33,8 +33,9 @@ SHAPES = {
     "smollm2-1.7b": _llama(2048, 8192, 24, 32, 32, 49152, True),
     "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256, False),
     "1001-layers": _llama(64, 128, 143, 4, 2, 1024, True),
+    "1001-wide-layers": _llama(576, 1536, 143, 9, 3, 49152, True),
 }
-"""Name to configuration; the last has 7 × 143 small linear layers."""
+"""Name to configuration; the last two have 7 × 143 linear layers, small ones and those of SmolLM2-135M."""
 
 
 def random_model(name: str, device: torch.device) -> nn.Module:

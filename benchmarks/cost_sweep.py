@@ -64,6 +64,7 @@ POINTS = (
     Point("smollm2-135m", 1, 4096, repeats=2),
     Point("smollm2-135m", 4, 512),
     Point("smollm2-1.7b", 1, 256, repeats=2),
+    Point("1001-wide-layers", 4, 64),
 )
 BFLOAT16_POINTS = (
     Point("smollm2-135m", 4, 128, 2, dtype="bfloat16"),

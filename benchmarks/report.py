@@ -197,39 +197,42 @@ def chosen_runs(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, Map
     return {method: sweep.runs[sweep.best] for method, sweep in sweeps_of(results).items()}
 
 
-def gains_of(results: Sequence[Mapping[str, Any]]) -> dict[Setting, dict[str, list[Gain]]]:
-    """Every method against uniform LoRA.
+def gains_of(results: Sequence[Mapping[str, Any]], reference: str = REFERENCE) -> dict[Setting, dict[str, list[Gain]]]:
+    """Every method against one of them.
 
     Args:
         results: All runs.
+        reference: Name of that method.
 
     Returns:
-        Setting to method to one gain for each seed that both have.
+        Setting, if the reference was run in it, to method to one gain for each seed that both have.
     """
     gains = {}
     for setting, runs in by_setting(results).items():
         chosen = chosen_runs(runs)
+        if reference not in chosen:
+            continue
         gains[setting] = {
             method: [
-                _gain(by_seed[seed], chosen[REFERENCE][seed], METRICS[setting.task])
-                for seed in sorted(by_seed.keys() & chosen[REFERENCE].keys())
+                _gain(by_seed[seed], chosen[reference][seed], METRICS[setting.task])
+                for seed in sorted(by_seed.keys() & chosen[reference].keys())
             ]
             for method, by_seed in chosen.items()
         }
     return gains
 
 
-def seeds_needed(results: Sequence[Mapping[str, Any]]) -> int:
-    """From how many seeds on a method is reported: `SEEDS`, or as many as uniform LoRA has anywhere.
+def seeds_needed(gains: Mapping[Setting, Mapping[str, Sequence[Gain]]], reference: str = REFERENCE) -> int:
+    """From how many seeds on a method is reported: `SEEDS`, or as many as the reference has anywhere.
 
     Args:
-        results: All runs.
+        gains: As `gains_of` returns them.
+        reference: Name of the method that is compared with.
 
     Returns:
         The number.
     """
-    most = max((len(chosen_runs(runs)[REFERENCE]) for runs in by_setting(results).values()), default=SEEDS)
-    return min(SEEDS, most)
+    return min(SEEDS, max((len(methods[reference]) for methods in gains.values()), default=SEEDS))
 
 
 def _gain(result: Mapping[str, Any], reference: Mapping[str, Any], metric: str) -> Gain:
@@ -282,18 +285,19 @@ def summary(groups: Sequence[Sequence[Gain]], unit: str) -> dict[str, Any]:
     }
 
 
-def report(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def report(results: Sequence[Mapping[str, Any]], reference: str = REFERENCE) -> dict[str, Any]:
     """Everything, as JSON types.
 
     Args:
         results: All runs.
+        reference: Name of the method that all are compared with.
 
     Returns:
         `overall`: method to summary over the settings in which it has enough seeds. `tasks`: setting to method to
         summary. `few_seeds`: setting to method with fewer seeds to `mean_loss_gain` and `runs`.
     """
-    gains = gains_of(results)
-    needed = seeds_needed(results)
+    gains = gains_of(results, reference)
+    needed = seeds_needed(gains, reference)
     by_method: dict[str, list[list[Gain]]] = defaultdict(list)
     tasks: dict[str, dict[str, Any]] = {}
     few: dict[str, dict[str, Any]] = {}
@@ -399,7 +403,7 @@ def sizes_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[i
     Returns:
         Setting without rank to method to rank to size, of those with enough seeds at two ranks or more.
     """
-    needed = seeds_needed(results)
+    needed = seeds_needed(gains_of(results))
     found: dict[str, dict[str, dict[int, Size]]] = defaultdict(lambda: defaultdict(dict))
     for setting, runs in by_setting(results).items():
         for method, by_seed in chosen_runs(runs).items():
@@ -715,13 +719,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "quality")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--against",
+        default=REFERENCE,
+        metavar="METHOD",
+        help="to compare with, instead of uniform LoRA, where it was run; not for --docs",
+    )
     parser.add_argument("--docs", type=Path, help="write tables and plots to this folder")
     options = parser.parse_args()
     results = read_results(options.results)
     if options.docs:
         write_docs(results, options.docs)
         return
-    content = report(results)
+    if options.against not in {result["run"]["method"] for result in results}:
+        parser.error(f"--against: {options.results} has no run of {options.against!r}")
+    content = report(results, options.against)
     print(json.dumps(content, indent=2) if options.json else as_markdown(content))
 
 

@@ -615,3 +615,14 @@ def test_the_physical_limit_counts_what_torch_counts():
 def test_an_unknown_shape_is_named_together_with_those_there_are():
     with pytest.raises(ValueError, match=r"no shape 'gpt-5'.*smollm2-135m"):
         cost_shapes.random_model("gpt-5", torch.device("cpu"))
+
+
+def test_another_reference_is_compared_with_seed_by_seed_where_it_was_run():
+    runs = [run_of(method, seed=seed, test_loss=loss + 0.1 * seed) for seed in range(5)
+            for method, loss in (("uniform", 3.0), ("random", 2.5), ("fim-rank", 2.25))]  # fmt: skip
+    elsewhere = [run_of(method, seed=seed, rank=8) for seed in range(5) for method in ("uniform", "fim-rank")]
+    content = report.report(runs + elsewhere, "random")
+    (only,) = content["tasks"].values()
+    assert only["fim-rank"]["mean_loss_gain"] == pytest.approx(0.25)
+    assert only["uniform"]["loss_ci95"] == pytest.approx([-0.5, -0.5])
+    assert len(report.report(runs + elsewhere)["tasks"]) == 2

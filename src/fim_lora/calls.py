@@ -187,9 +187,9 @@ class SavedInput:
         Raises:
             RuntimeError: If it was taken before.
         """
+        (x,) = self._saved.take(name)
         # Accelerate moves the arguments inside of the call, where a layer and the one before lie on two devices.
-        (x,) = send_to_device(self._saved.take(name), gradient.device)
-        return LayerCall((x.to(self._dtype),), {}, None, None, gradient)
+        return LayerCall((x.to(gradient.device, self._dtype),), {}, None, None, gradient)
 
 
 class SavedCall:

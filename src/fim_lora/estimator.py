@@ -253,7 +253,7 @@ class FisherEstimator:
         if current.sequences_per_example > 1:
             sequences, keep_rows = current.sequences_per_example, layer.layer_type.runs_again
             calls = [call.by_pairs(size, sequences, keep_rows) for call in calls]
-        sketch = None if self.exact else Sketch(name, self.num_batches, process_number())
+        sketch = None if self.exact else Sketch(name, self.num_batches, current.process)
         calls = [replace(call, sketch=sketch) for call in calls]
         was_paused, self.paused = self.paused, True  # a layer that is run again may have watched layers inside
         try:
@@ -303,6 +303,7 @@ class _Pass:
         outstanding: Calls whose gradient has not come.
         has_gradients: Whether the backward pass has begun.
         running: Runs of autograd that have begun and not ended.
+        process: Rank of this process.
         loss: The loss (1), if known.
     """
 
@@ -316,6 +317,7 @@ class _Pass:
     outstanding: int = 0
     has_gradients: bool = False
     running: set[int] = field(default_factory=set)
+    process: int = field(default_factory=process_number)
     loss: Tensor | None = None
 
     def note_backward(self) -> None:

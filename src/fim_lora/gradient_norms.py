@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +54,17 @@ def squared_norms(
         return x.new_zeros(x.shape[0], dtype=_compute_dtype(x, g))
     gram_is_cheaper = positions * (d_in + d_out) < d_in * d_out
     form = gram_squared_norms if gram_is_cheaper else materialised_squared_norms
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(x.device.type):
         if sketch is not None and positions > most_exact_positions(d_in, d_out):
             return sketched_squared_norms(x, g, sketch, max_temporary_bytes)
         return form(x, g, max_temporary_bytes)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off; where it is off, as it mostly is in a backward pass, without a change of the state."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def gram_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMPORARY_BYTES) -> Tensor:
@@ -260,7 +269,7 @@ def convolution_squared_norms(layer: Convolution, pairs: Sequence[tuple[Tensor, 
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     dtype = _compute_dtype(*pairs[0])
     norms = []
-    with torch.no_grad(), torch.autocast(pairs[0][0].device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(pairs[0][0].device.type):
         for example in range(len(pairs[0][0])):
             gradient = sum(
                 weight_gradient(
