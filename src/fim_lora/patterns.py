@@ -47,8 +47,7 @@ def resolver(pattern: Mapping[str, Value] | None, default: Value) -> Callable[[s
     """
     values = pattern or {}
     possible = _PossibleKeys(values)
-    # PEFT's function returns the name itself where no key matches, and PEFT looks that up like a key.
-    return lambda name: values.get(get_pattern_key(possible.of(name), name), default)
+    return lambda name: values.get(possible.first_match(name), default)
 
 
 class _PossibleKeys:
@@ -65,6 +64,7 @@ class _PossibleKeys:
     def __init__(self, keys: Iterable[str]) -> None:
         self._position = {key: number for number, key in enumerate(keys)}
         self._expressions: list[str] = []
+        self._texts: dict[str, str] = {}
         # By what follows the last dot, length and number of dots; in it, keys by what they say.
         self._literal: dict[tuple[str, int, int], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for key in self._position:
@@ -72,8 +72,16 @@ class _PossibleKeys:
             if literal is None:
                 self._expressions.append(key)
                 continue
-            text = self._ESCAPED.sub(r"\1", literal[1])
+            text = self._texts[key] = self._ESCAPED.sub(r"\1", literal[1])
             self._literal[text.rpartition(".")[2], len(text), text.count(".")][text].append(key)
+
+    def first_match(self, name: str) -> str:
+        """The key that PEFT takes; the name itself where none matches, which PEFT looks up like a key."""
+        keys = self.of(name)
+        if len(keys) == 1 and self._texts.get(keys[0]) == name:
+            return keys[0]  # a name matches itself: PEFT need not be asked
+        found: str = get_pattern_key(keys, name)
+        return found
 
     def of(self, name: str) -> list[str]:
         """In the order of the pattern."""
@@ -103,7 +111,6 @@ def write_pattern(values: Mapping[str, Value], default: Value) -> dict[str, Valu
     different = {name: value for name, value in values.items() if value != default}
     plain = {re.escape(name).replace(r"\.", "."): value for name, value in different.items()}
     possible = _PossibleKeys(plain)
-    # PEFT need not be asked whether a name matches itself.
     alone = all(possible.of(name) == ([name] if name in plain else []) for name in values)
     if alone or resolve_pattern(plain, values, default) == dict(values):
         return plain
