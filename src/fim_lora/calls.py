@@ -156,7 +156,7 @@ class SavedInput:
     """
 
     # Thousands are alive between the passes, and every object that can hold others is work for the garbage collector.
-    __slots__ = ("_dtype", "_origin", "_saved")
+    __slots__ = ("__weakref__", "_dtype", "_origin", "_saved")
 
     def __init__(self, x: Tensor) -> None:
         self._saved = _SavedTensors(x)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -297,7 +298,7 @@ class _Pass:
         sequences_per_example: Sequences that make one example.
         counts: Whether it is a calibration batch.
         calls: Layer name to its calls in the forward pass.
-        latest: Layer name to the input of its latest call, until its adapter is called.
+        latest: Layer name to the input of its latest call, until its adapter is called, or as long as its graph lives.
         waiting: Layer name to the calls with their gradients that wait for those of further calls of the layer.
         norms: Layer name to the finished squared norms.
         outstanding: Calls whose gradient has not come.
@@ -311,7 +312,7 @@ class _Pass:
     sequences_per_example: int = 1
     counts: bool = True
     calls: dict[str, int] = field(default_factory=dict)
-    latest: dict[str, SavedInput] = field(default_factory=dict)
+    latest: WeakValueDictionary[str, SavedInput] = field(default_factory=WeakValueDictionary)
     waiting: dict[str, list[LayerCall]] = field(default_factory=dict)
     norms: dict[str, _Norms] = field(default_factory=dict)
     outstanding: int = 0
