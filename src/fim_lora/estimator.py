@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -211,7 +211,8 @@ class FisherEstimator:
         if self.layers[name].layer_type.runs_again:
             saved = SavedCall(args, kwargs, outputs[0], random)
         else:
-            saved = self._pass.latest[name] = SavedInput(input_of(args, kwargs))
+            saved = SavedInput(input_of(args, kwargs))
+            self._pass.latest[name] = ref(saved)
         outputs[0].register_hook(partial(self._receive, name, saved))
         for further in outputs[1:]:
             if isinstance(further, Tensor) and further.requires_grad:
@@ -222,7 +223,8 @@ class FisherEstimator:
 
     def _observe_adapter(self, name: str, x: Any) -> None:
         """The hook before the adapter, which is called behind the layer."""
-        saved = self._pass.latest.pop(name, None)
+        latest = self._pass.latest.pop(name, None)
+        saved = None if latest is None else latest()
         if saved is not None and isinstance(x, Tensor):
             saved.keep_instead(x)
 
@@ -298,7 +300,7 @@ class _Pass:
         sequences_per_example: Sequences that make one example.
         counts: Whether it is a calibration batch.
         calls: Layer name to its calls in the forward pass.
-        latest: Layer name to the input of its latest call, until its adapter is called, or as long as its graph lives.
+        latest: Layer name to the input of its latest call, until its adapter is called; it lives as long as its graph.
         waiting: Layer name to the calls with their gradients that wait for those of further calls of the layer.
         norms: Layer name to the finished squared norms.
         outstanding: Calls whose gradient has not come.
@@ -312,7 +314,7 @@ class _Pass:
     sequences_per_example: int = 1
     counts: bool = True
     calls: dict[str, int] = field(default_factory=dict)
-    latest: WeakValueDictionary[str, SavedInput] = field(default_factory=WeakValueDictionary)
+    latest: dict[str, ReferenceType[SavedInput]] = field(default_factory=dict)
     waiting: dict[str, list[LayerCall]] = field(default_factory=dict)
     norms: dict[str, _Norms] = field(default_factory=dict)
     outstanding: int = 0
