@@ -731,8 +731,9 @@ def main() -> None:
     if options.docs:
         write_docs(results, options.docs)
         return
-    if options.against not in {result["run"]["method"] for result in results}:
-        parser.error(f"--against: {options.results} has no run of {options.against!r}")
+    methods = sorted({result["run"]["method"] for result in results})
+    if options.against not in methods:
+        parser.error(f"--against: {options.results} has no run of {options.against!r}, only of {', '.join(methods)}")
     content = report(results, options.against)
     print(json.dumps(content, indent=2) if options.json else as_markdown(content))
 
