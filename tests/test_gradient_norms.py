@@ -61,6 +61,19 @@ def test_groups_and_blocks_change_nothing(form, bound):
     torch.testing.assert_close(form(x, g, bound), truth, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_strides_change_nothing(form):
+    x, g = random_pair(3, 256, 20, 30)
+    truth = (g.mT @ x).square().sum((1, 2))
+    beside_each_other = torch.cat([x, g], 2)
+    for strided_x, strided_g in (
+        (x.mT.contiguous().mT, g.transpose(0, 1).contiguous().transpose(0, 1)),
+        (beside_each_other[:, :, :20], beside_each_other[:, :, 20:]),
+        (x, g.mT.contiguous().mT),
+    ):
+        torch.testing.assert_close(form(strided_x, strided_g), truth, rtol=1e-12, atol=0)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors made inside that are still alive."""
 
