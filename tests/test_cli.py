@@ -346,7 +346,7 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing/model", "no such file or folder"),
+        ("missing/model", "no such file or folder. Give the path of one, or the name of a model of the hub"),
         ("missing.gguf", "no such file or folder"),
         ("empty", "is no model: the folder has no config.json"),
         ("adapter", "is an adapter, not a model"),
@@ -437,7 +437,7 @@ def test_ranks_that_no_layer_can_have(llama, data, tmp_path, capsys):
 
 def test_bad_data(llama, tmp_path, capsys):
     assert allocate(llama, tmp_path / "missing.jsonl", tmp_path / "out") == 1
-    assert "no such file" in error_line(capsys)
+    assert "no such file. Give the path of one, or the name of a data set of the hub" in error_line(capsys)
     (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": \n')
     assert allocate(llama, tmp_path / "bad.jsonl", tmp_path / "out") == 1
     assert "bad.jsonl cannot be read" in error_line(capsys)
@@ -505,7 +505,7 @@ def test_show_prints_the_table_and_draws_the_map_again(llama, data, tmp_path, ca
 
 def test_show_refuses_what_is_no_allocation(tmp_path, capsys):
     assert main(["show", str(tmp_path / "nope")]) == 1
-    assert "fim_allocation.json: No such file or directory" in error_line(capsys)
+    assert "fim_allocation.json: no such file. Give the folder that" in error_line(capsys)
     (tmp_path / "fim_allocation.json").write_text("{}")
     assert main(["show", str(tmp_path)]) == 1
     assert "is not a fim_allocation file" in error_line(capsys)
@@ -648,7 +648,7 @@ def test_export_needs_both_files(allocated, tmp_path, capsys):
     assert "adapter_config.json: no such file, but fim-lora allocate writes one" in error_line(capsys)
     (folder / "fim_allocation.json").unlink()
     assert export(folder, "--format", "csv") == 1
-    assert "fim_allocation.json: No such file or directory" in error_line(capsys)
+    assert "fim_allocation.json: no such file. Give the folder that" in error_line(capsys)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"peft_type": "CHESS"}', '{"peft_type": "LORA", "r": "many"}'])

@@ -16,13 +16,12 @@ from ..allocation import BUDGETS, Budget
 from ..config import FimConfig
 from ..exports import FORMATS
 from ..plotting import draw_rank_map
-from ..rank_allocation import RankAllocation
 from .allocate import AllocateOptions, allocate
 from .data import ROLES
 from .errors import EXIT_INTERRUPTED, report, warnings_as_lines
 from .export import export_folder
 from .models import DTYPES, TASKS, Task
-from .output import ALLOCATION, RANK_MAP, require_writable_file, staged, write_text
+from .output import RANK_MAP, read_allocation, require_writable_file, staged, write_text
 from .summary import make_console, print_summary
 
 _REGEX_CHARACTERS = frozenset(r"\^$*+?{}[]()|")
@@ -169,7 +168,7 @@ def _show(
     folder: Annotated[Path, typer.Argument(help="Folder that fim-lora allocate wrote.", metavar="DIR")],
 ) -> None:
     """Print the ranks of an allocation, and draw its rank map again."""
-    allocation = RankAllocation.load(folder / ALLOCATION)
+    allocation = read_allocation(folder)
     print_summary(make_console(), allocation, {})
     with staged(folder) as stage:
         draw_rank_map(allocation, stage / RANK_MAP)

@@ -120,9 +120,9 @@ def require_data(name: str) -> None:
         return
     if path.is_file():
         if path.suffix.lower() not in _READERS:
-            raise CommandError(f"{name}: unknown type of data file (known: {', '.join(_READERS)})")
+            raise CommandError(f"{name}: unknown type of data file. Convert it to one of {', '.join(_READERS)}.")
     elif looks_like_path(name) or path.suffix.lower() in _READERS:
-        raise CommandError(f"{name}: no such file")
+        raise CommandError(f"{name}: no such file. Give the path of one, or the name of a data set of the hub.")
 
 
 def load_data(

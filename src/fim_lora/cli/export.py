@@ -10,7 +10,7 @@ from peft import LoraConfig
 from ..exports import export
 from ..rank_allocation import RankAllocation, verify_patterns
 from .errors import CommandError
-from .output import ADAPTER_CONFIG, ALLOCATION
+from .output import ADAPTER_CONFIG, ALLOCATION, read_allocation
 
 _RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
@@ -27,11 +27,12 @@ def export_folder(folder: Path, file_format: str, serving: bool) -> str:
         The text.
 
     Raises:
-        CommandError: If there is no adapter config, it cannot be read, or does not belong to the allocation.
+        CommandError: If there is no allocation or no adapter config, or the config cannot be read or does not belong
+            to the allocation.
         OSError: If the allocation cannot be read.
         ValueError: If the allocation is damaged, has no config for servers, or cannot be said in the format.
     """
-    allocation = RankAllocation.load(folder / ALLOCATION)
+    allocation = read_allocation(folder)
     config = _base_config(folder, allocation)
     new_config = allocation.to_lora_config(config, serving=serving)
     verify_patterns(new_config, allocation)

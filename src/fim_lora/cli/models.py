@@ -94,7 +94,7 @@ def find_model(name: str) -> ModelSource:
         _require_model_folder(name, path)
         return ModelSource(name, name)
     if looks_like_path(name) or path.suffix.lower() == ".gguf":
-        raise CommandError(f"{name}: no such file or folder")
+        raise CommandError(f"{name}: no such file or folder. Give the path of one, or the name of a model of the hub.")
     return ModelSource(name, name)
 
 

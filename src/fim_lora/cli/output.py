@@ -1,4 +1,4 @@
-"""Output folders and files: checked before the work, written completely or not at all."""
+"""Output folders and files: checked before the work, written completely or not at all, and read again."""
 
 from __future__ import annotations
 
@@ -8,12 +8,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..rank_allocation import RankAllocation
 from .errors import CommandError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ALLOCATION = "fim_allocation.json"
 RANK_MAP = "rank_map.png"
 FILES = (ADAPTER_CONFIG, ALLOCATION, RANK_MAP)
+
+
+def read_allocation(folder: Path) -> RankAllocation:
+    """The allocation in a folder that `fim-lora allocate` wrote.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The allocation.
+
+    Raises:
+        CommandError: If there is none.
+        OSError: If it cannot be read.
+        ValueError: If it is damaged.
+    """
+    path = folder / ALLOCATION
+    if not path.exists():
+        raise CommandError(f"{path}: no such file. Give the folder that fim-lora allocate wrote as its --output.")
+    return RankAllocation.load(path)
 
 
 def require_writable(folder: Path, overwrite: bool) -> None:
