@@ -1,10 +1,17 @@
 """How many calibration batches ranks need, and how much a new classifier decides: no training, only scores.
 
-    python benchmarks/convergence.py --data FOLDER --encoder FOLDER [--json FILE]
+    python benchmarks/convergence.py --data FOLDER --encoder FOLDER --decoder FILE.gguf
+    python benchmarks/convergence.py --data FOLDER --tasks gsm8k --repeats 1 --decoder FILE.gguf
+    python benchmarks/convergence.py --print    # the table alone
+
+A task that has its file in `results/convergence` is not measured again.
 
 Batches. The eFIM of each of 128 batches is measured on its own. Ranks from the first n of 64 are compared with ranks
 from the other 64, which they share no example with. So even 64 batches do not agree fully, and the line of 64 says
 how much of the difference is that of two samples of that size.
+
+Projection. Where examples are long, scores are read through a random projection by default; ranks from 8 batches are
+compared with those of exact scores from the same batches.
 
 Classifiers. The same 8 batches with new classifiers of several seeds, and with each after a short training of the
 classifier alone; ranks of any two are compared.
@@ -29,11 +36,22 @@ from peft import LoraConfig
 
 from fim_lora import FimConfig, FimScores, RankAllocation
 from quality_methods import Setting, fim_scores, with_means
-from quality_tasks import TASKS, Batch, Task, batches, load_model, load_splits, load_tokenizer, training_order
+from quality_tasks import (
+    DEFAULT_TASKS,
+    TASKS,
+    Batch,
+    Task,
+    batches,
+    load_model,
+    load_splits,
+    load_tokenizer,
+    training_order,
+)
 from quality_variants import warm_head
 
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
-HEAD_BATCHES = 8
+DEFAULT_NUMBER = 8
+"""Batches of a calibration if nothing else is said."""
 
 
 def agreement(one: FimScores, other: FimScores, rank: int) -> dict[str, float]:
@@ -93,7 +111,8 @@ class Measurement:
         )
         model.config.pad_token_id = self.tokenizer.pad_token_id
         targets = self.task.targets["all-linear"]
-        return Setting(model, targets, self.rank, "SEQ_CLS", calibration, 1, head_seed)
+        task_type = "CAUSAL_LM" if self.task.causal else "SEQ_CLS"
+        return Setting(model, targets, self.rank, task_type, calibration, 1, head_seed)
 
     def by_number(self, repeats: int) -> dict[int, dict[str, float]]:
         """Agreement of n batches with 64 others, averaged over repeats of other batches and classifiers."""
@@ -108,9 +127,17 @@ class Measurement:
                 rows[number].append(agreement(mean_scores(each[:number]), others, self.rank))
         return {number: means_of(of_number) for number, of_number in rows.items()}
 
+    def by_projection(self, repeats: int) -> dict[str, float]:
+        """Agreement of scores as they are read by default with exact ones, of the same batches."""
+        rows = []
+        for seed in range(repeats):
+            setting = self.setting(self.batches(DEFAULT_NUMBER, seed), seed)
+            rows.append(agreement(fim_scores(setting), fim_scores(setting, exact=True), self.rank))
+        return means_of(rows)
+
     def by_head(self, heads: int) -> dict[str, dict[str, float]]:
         """Agreement between classifiers, before and after their warm-up."""
-        calibration = self.batches(HEAD_BATCHES, 0)
+        calibration = self.batches(DEFAULT_NUMBER, 0)
         cold, warm = [], []
         for seed in range(heads):
             setting = self.setting(calibration, seed)
@@ -125,39 +152,64 @@ class Measurement:
         return {name: means_of(agreement(*pair, self.rank) for pair in of_name) for name, of_name in pairs.items()}
 
 
-def as_markdown(report: Mapping[str, Any]) -> str:
-    """The tables."""
+def measured(measurement: Measurement, repeats: int, heads: int) -> dict[str, Any]:
+    """The content of a task's file.
+
+    Args:
+        measurement: The task.
+        repeats: Samples of batches.
+        heads: Classifiers, where the task has one.
+
+    Returns:
+        JSON types.
+    """
+    task = measurement.task
+    return {
+        "task": task.name,
+        "rank": measurement.rank,
+        "batch_size": task.batch_size,
+        "repeats": repeats,
+        "batches": measurement.by_number(repeats),
+        "projection": measurement.by_projection(repeats),
+        "heads": {} if task.causal else measurement.by_head(heads),
+    }
+
+
+def as_markdown(reports: Iterable[Mapping[str, Any]]) -> str:
+    """The table."""
     lines = ["| task | compared | Spearman's correlation | layers whose rank differs |", "| --- | --- | ---: | ---: |"]
-    for task, parts in report["tasks"].items():
-        rows = {f"{number} batches with 64 others": row for number, row in parts["batches"].items()} | parts["heads"]
+    for report in reports:
+        rows = {f"{number} batches with 64 others": row for number, row in report["batches"].items()}
+        rows |= {f"{DEFAULT_NUMBER} batches, as by default with exact": report["projection"]} | report["heads"]
         for name, row in rows.items():
-            lines.append(f"| {task} | {name} | {row['correlation']:.3f} | {row['layers_changed']:.0%} |")
+            lines.append(f"| {report['task']} | {name} | {row['correlation']:.3f} | {row['layers_changed']:.0%} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure what is missing and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="as for quality.py")
+    parser.add_argument("--data", help="as for quality.py")
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="hub id or folder")
+    parser.add_argument("--decoder", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id, folder or GGUF file")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=DEFAULT_TASKS)
     parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="samples of batches (%(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="classifiers (%(default)s)")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "convergence")
+    parser.add_argument("--print", action="store_true", help="measure nothing")
     options = parser.parse_args()
-    measurements = {
-        name: Measurement(task, options.data, options.encoder, options.rank)
-        for name, task in TASKS.items()
-        if not task.causal
-    }
-    tasks = {
-        name: {"batches": measurement.by_number(options.repeats), "heads": measurement.by_head(options.heads)}
-        for name, measurement in measurements.items()
-    }
-    report = {"rank": options.rank, "repeats": options.repeats, "heads": options.heads, "tasks": tasks}
-    print(as_markdown(report))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if not options.print and options.data is None:
+        parser.error("give --data, or --print for the table of what there is")
+    files = {name: options.results / f"{name}.json" for name in options.tasks}
+    for name, file in files.items():
+        if options.print or file.exists():
+            continue
+        model = options.decoder if TASKS[name].causal else options.encoder
+        report = measured(Measurement(TASKS[name], options.data, model, options.rank), options.repeats, options.heads)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(as_markdown(json.loads(file.read_text()) for file in files.values() if file.exists()))
 
 
 if __name__ == "__main__":

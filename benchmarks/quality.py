@@ -29,6 +29,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,9 +214,16 @@ class Bench:
         model.config.pad_token_id = pad
         calibration = list(batches(self._chosen(run)[: CALIBRATION_BATCHES * size], size, pad, self.device))
         task_type = "CAUSAL_LM" if task.causal else "SEQ_CLS"
-        start = time.perf_counter()
+        start = self._now()
         setting = Setting(model, task.targets[run.targets], run.rank, task_type, calibration, run.steps, run.seed)
-        return METHODS[run.method](setting), time.perf_counter() - start
+        adapted = METHODS[run.method](setting)
+        return adapted, self._now() - start
+
+    def _now(self) -> float:
+        """Seconds, after what a GPU has still to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _train(self, model: Any, task: Task, run: Run, data: Iterator[Any]) -> Iterator[tuple[int, float]]:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -227,7 +235,7 @@ class Bench:
         update_ranks = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
         torch.manual_seed(2000 + run.seed)
         for step, batch in enumerate(data):
-            start = time.perf_counter()
+            start = self._now()
             model.train()
             model(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -236,7 +244,7 @@ class Bench:
             if update_ranks is not None:
                 update_ranks(step)
             optimizer.zero_grad()
-            yield step + 1, time.perf_counter() - start
+            yield step + 1, self._now() - start
 
     def _measure(self, model: Any, task: Task, examples: Sequence[Any], pad: int) -> dict[str, float]:
         # Of similar length in a batch, which saves most of the padding and changes no number.
@@ -252,17 +260,30 @@ def _parameter_groups(model: Any, learning_rate: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def environment() -> dict[str, Any]:
+def environment(source: str, models: Mapping[bool, str]) -> dict[str, Any]:
     """What a result depends on beside its run.
 
+    Args:
+        source: Where the data come from.
+        models: Whether causal to the model, a hub id or a path, of which only the name is noted.
+
     Returns:
-        Git revision, versions, processor.
+        Git revision, versions, processor and its widest instructions, models and data.
     """
     command = ["git", "describe", "--always", "--dirty"]
     described = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
-    return {"revision": described.stdout.strip(), "versions": versions, "machine": platform.machine(), "gpu": gpu}
+    return {
+        "revision": described.stdout.strip(),
+        "versions": versions,
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "gpu": gpu,
+        "encoder": Path(models[False]).name,
+        "decoder": Path(models[True]).name,
+        "data": source if source == HUB else "files",
+    }
 
 
 def shared_settings(options: argparse.Namespace) -> list[list[Run]]:
@@ -328,9 +349,11 @@ class Results:
         """
         path = self.folder / run.file
         if not path.exists():
-            write(path, self.make(run, tuning))
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
+            content = self.make(run, tuning)
+            with suppress(FileExistsError):  # another process was faster
+                write(path, content)
+        written: dict[str, Any] = json.loads(path.read_text())
+        return written
 
     def known_losses(self, run: Run) -> dict[float, float]:
         """The learning rates that there are.
@@ -456,8 +479,9 @@ def run_all(options: argparse.Namespace, results: Results) -> None:
 def main() -> None:
     """Run what has no result yet."""
     options = parsed()
-    bench = Bench(options.data, {True: options.decoder, False: options.encoder}, options.device)
-    about = environment()
+    models = {True: options.decoder, False: options.encoder}
+    bench = Bench(options.data, models, options.device)
+    about = environment(options.data, models)
     # How many runs there will be is known when all learning rates are.
     with tqdm(unit="run") as progress:
 

@@ -127,18 +127,18 @@ def _fim(**fim_options: Any) -> Method:
     return lambda setting: by_scores(setting, fim_scores(setting), **fim_options)
 
 
-def fim_scores(setting: Setting) -> FimScores:
+def fim_scores(setting: Setting, exact: bool = False) -> FimScores:
     """The eFIM of the targets.
 
     Args:
         setting: The setting; its model is not changed.
+        exact: Whether long examples are read exactly, too.
 
     Returns:
         The scores.
     """
-    config = setting.config(
-        init_lora_weights="fim", fim_config=FimConfig(fim_calibration_batches=len(setting.calibration))
-    )
+    fim_config = FimConfig(fim_calibration_batches=len(setting.calibration), exact=exact)
+    config = setting.config(init_lora_weights="fim", fim_config=fim_config)
     return get_fim_scores(setting.model, setting.calibration, config, show_progress_bar=False)
 
 

@@ -8,10 +8,12 @@ A setting is a task, targets, a rank, a number of steps and a precision. In each
 one with the lowest loss on the development split with the first seed, which is the one that was run with the most
 learning rates; what is reported comes from the test split, which nothing was chosen on. A gain is a method's metric
 minus uniform LoRA's at the same seed, with the sign turned where less is better: in accuracy points for classes, in
-nats of loss for text. Over all settings, which have no unit in common, it is in percent of uniform LoRA's metric.
+nats of loss for text. Overall, over tasks, which have no unit in common, it is in percent of uniform LoRA's metric:
+the mean over tasks of the mean over the settings of a task. These share their seeds, so seeds are drawn for all of
+them.
 
-Gains are reported with an interval where there are five seeds, or as many as uniform LoRA has anywhere, if that is
-less. Methods with fewer seeds in a setting are named below its table.
+Gains are reported with an interval (`intervals.py`) where there are five seeds, or as many as uniform LoRA has
+anywhere, if that is less. Methods with fewer seeds in a setting are named below its table.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from intervals import interval, interval_of_seeds
+
 REFERENCE = "uniform"
 METRICS = {
     "banking77": "accuracy",
@@ -38,11 +42,12 @@ METRICS = {
 }
 """Task to main metric."""
 
+UNITS = {"accuracy": "points of accuracy", "loss": "nats"}
+"""Metric to the unit of a gain."""
+
 TUNED_BY = "loss"
 """What the learning rate is chosen by: on a few hundred examples the loss tells learning rates apart that the
 accuracy does not."""
-
-RESAMPLES = 10_000
 
 SEEDS = 5
 """Of a method in a setting, from which on it is reported with an interval."""
@@ -51,6 +56,14 @@ REFERENCE_RANK = 8
 """Of uniform LoRA, whose loss methods of other sizes are compared with."""
 
 _RANKS_OF_A_CURVE = 3
+
+
+_OVERALL = (
+    "The mean over tasks of the mean over the settings of a task. Rows over other numbers of tasks or settings are "
+    "means over others: do not compare them."
+)
+_NOT_TUNED = "Not tuned, because the best learning rate is at an end of those that were run"
+_OF_ONE_TASK = "Rows over other numbers of settings are means over other settings: do not compare them."
 
 
 class Setting(NamedTuple):
@@ -79,16 +92,20 @@ class Gain(NamedTuple):
     """One method in one setting at one seed, against uniform LoRA.
 
     Attributes:
+        seed: The seed.
         gain: Of the metric; more is better.
         percent: The same in percent of uniform LoRA's metric.
         loss_gain: Of the test loss; more is better.
         params_ratio: Adapter parameters over those of uniform LoRA.
+        parameters: Adapter parameters.
     """
 
+    seed: int
     gain: float
     percent: float
     loss_gain: float
     params_ratio: float
+    parameters: float
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -145,6 +162,11 @@ class Sweep(NamedTuple):
     runs: dict[float, dict[int, Mapping[str, Any]]]
     first_seed: int
     best: float
+
+    @property
+    def at_an_end(self) -> bool:
+        """Whether the best learning rate is the smallest or the largest that was run, so that it is not tuned."""
+        return self.best in (min(self.test_losses), max(self.test_losses))
 
     @property
     def test_losses(self) -> dict[float, float]:
@@ -214,7 +236,7 @@ def gains_of(results: Sequence[Mapping[str, Any]], reference: str = REFERENCE) -
             continue
         gains[setting] = {
             method: [
-                _gain(by_seed[seed], chosen[reference][seed], METRICS[setting.task])
+                _gain(seed, by_seed[seed], chosen[reference][seed], METRICS[setting.task])
                 for seed in sorted(by_seed.keys() & chosen[reference].keys())
             ]
             for method, by_seed in chosen.items()
@@ -235,54 +257,60 @@ def seeds_needed(gains: Mapping[Setting, Mapping[str, Sequence[Gain]]], referenc
     return min(SEEDS, max((len(methods[reference]) for methods in gains.values()), default=SEEDS))
 
 
-def _gain(result: Mapping[str, Any], reference: Mapping[str, Any], metric: str) -> Gain:
+def _gain(seed: int, result: Mapping[str, Any], reference: Mapping[str, Any], metric: str) -> Gain:
     before = score(reference, "test", metric)
     gain = score(result, "test", metric) - before
     return Gain(
+        seed,
         gain,
         100 * gain / abs(before),
         score(result, "test", "loss") - score(reference, "test", "loss"),
         result["adapter_parameters"] / reference["adapter_parameters"],
+        result["adapter_parameters"],
     )
 
 
-def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over groups of the mean over seeds; seeds are drawn within each group.
+def over_settings(groups: Sequence[Sequence[Gain]]) -> list[Gain]:
+    """The mean at every seed over settings that share it.
 
     Args:
-        groups: Gains of the seeds of each setting.
+        groups: Gains by seed in each setting.
 
     Returns:
-        Lower and upper end. With a single seed there is no spread to draw from, and it says so with equal ends.
+        One gain for each seed.
     """
-    draw = np.random.default_rng(0)
-    means = [
-        np.mean(draw.choice(np.asarray(group), (RESAMPLES, len(group))), axis=1) for group in groups if len(group) > 0
-    ]
-    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
-    return float(low), float(high)
+    by_seed: dict[int, list[Gain]] = defaultdict(list)
+    for gain in itertools.chain.from_iterable(groups):
+        by_seed[gain.seed].append(gain)
+    return [Gain(seed, *np.mean([gain[1:] for gain in gains], axis=0).tolist()) for seed, gains in by_seed.items()]
 
 
-def summary(groups: Sequence[Sequence[Gain]], unit: str) -> dict[str, Any]:
+def summary(settings: Mapping[Setting, Sequence[Gain]], unit: str) -> dict[str, Any]:
     """The numbers of one method over some settings.
 
     Args:
-        groups: Its gains by seed in each setting.
-        unit: `"gain"`, or `"percent"` to compare settings.
+        settings: Setting to gains by seed.
+        unit: `"gain"`, or `"percent"` to compare tasks.
 
     Returns:
-        Mean gain, interval, mean ratio of parameters, number of runs and of settings; and the same of the loss.
+        Mean gain and interval, the same of the loss, mean ratio of parameters, number of runs, settings and tasks;
+        and of one setting the adapter parameters, too.
     """
-    groups = [group for group in groups if group]
-    return {
+    by_task: dict[str, list[Sequence[Gain]]] = defaultdict(list)
+    for setting, gains in settings.items():
+        by_task[setting.task].append(gains)
+    groups = [over_settings(of_task) for of_task in by_task.values()]
+    numbers = {
         "mean_gain": mean(mean(getattr(gain, unit) for gain in group) for group in groups),
         "ci95": list(interval([[getattr(gain, unit) for gain in group] for group in groups])),
         "mean_loss_gain": mean(mean(gain.loss_gain for gain in group) for group in groups),
         "loss_ci95": list(interval([[gain.loss_gain for gain in group] for group in groups])),
         "params_ratio": mean(gain.params_ratio for group in groups for gain in group),
-        "runs": sum(len(group) for group in groups),
-        "settings": len(groups),
+        "runs": sum(map(len, settings.values())),
+        "settings": len(settings),
+        "tasks": len(by_task),
     }
+    return numbers | ({"parameters": mean(gain.parameters for gain in groups[0])} if len(settings) == 1 else {})
 
 
 def report(results: Sequence[Mapping[str, Any]], reference: str = REFERENCE) -> dict[str, Any]:
@@ -293,42 +321,41 @@ def report(results: Sequence[Mapping[str, Any]], reference: str = REFERENCE) -> 
         reference: Name of the method that all are compared with.
 
     Returns:
-        `overall`: method to summary over the settings in which it has enough seeds. `tasks`: setting to method to
-        summary. `few_seeds`: setting to method with fewer seeds to `mean_loss_gain` and `runs`.
+        `overall`: method to summary over the settings in which it has enough seeds. `tasks`: task to the same of its
+        settings. `settings`: setting to method to summary. `few_seeds`: setting to method with fewer seeds to
+        `mean_loss_gain` and `runs`. `not_tuned`: setting to methods of which the best learning rate is at an
+        end of those that were run.
     """
     gains = gains_of(results, reference)
     needed = seeds_needed(gains, reference)
-    by_method: dict[str, list[list[Gain]]] = defaultdict(list)
-    tasks: dict[str, dict[str, Any]] = {}
+    overall: dict[str, dict[Setting, list[Gain]]] = defaultdict(dict)
+    tasks: dict[str, dict[str, dict[Setting, list[Gain]]]] = defaultdict(lambda: defaultdict(dict))
+    settings: dict[str, dict[str, Any]] = {}
     few: dict[str, dict[str, Any]] = {}
     for setting, methods in gains.items():
         enough = {method: of_seeds for method, of_seeds in methods.items() if len(of_seeds) >= needed}
         for method, of_seeds in enough.items():
-            by_method[method].append(of_seeds)
-        tasks[str(setting)] = {method: summary([of_seeds], "gain") for method, of_seeds in enough.items()}
+            overall[method][setting] = tasks[setting.task][method][setting] = of_seeds
+        settings[str(setting)] = {method: summary({setting: gain}, "gain") for method, gain in enough.items()}
         few[str(setting)] = {
             method: {"mean_loss_gain": mean(gain.loss_gain for gain in of_seeds), "runs": len(of_seeds)}
             for method, of_seeds in methods.items()
             if of_seeds and method not in enough
         }
     return {
-        "overall": {method: summary(groups, "percent") for method, groups in by_method.items()},
-        "tasks": tasks,
+        "overall": {method: summary(of_method, "percent") for method, of_method in overall.items()},
+        "tasks": {
+            task: {method: summary(of_method, "gain") for method, of_method in methods.items()}
+            for task, methods in tasks.items()
+        },
+        "settings": settings,
         "few_seeds": few,
+        "not_tuned": {
+            str(setting): sorted(method for method, sweep in sweeps_of(runs).items() if sweep.at_an_end)
+            for setting, runs in by_setting(results).items()
+            if setting in gains
+        },
     }
-
-
-def steps_to_reference(curve: Sequence[tuple[float, float]], reference: Sequence[tuple[float, float]]) -> float | None:
-    """Steps until a method has the last measured loss of uniform LoRA, by linear interpolation.
-
-    Args:
-        curve: Steps and losses of the method.
-        reference: The same of uniform LoRA.
-
-    Returns:
-        Steps; `None` if it never has.
-    """
-    return first_reached(curve, reference[-1][1])
 
 
 def first_reached(points: Sequence[tuple[float, float]], loss: float) -> float | None:
@@ -349,33 +376,54 @@ def first_reached(points: Sequence[tuple[float, float]], loss: float) -> float |
     return None
 
 
-def speeds_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """How soon every method is where uniform LoRA is at its last measurement, in one setting.
+class Speed(NamedTuple):
+    """How soon a method is where uniform LoRA ends.
+
+    Attributes:
+        end: Last step at which every run of the setting was measured.
+        steps: Until the loss that uniform LoRA has there, mean over seeds; those that never have it count as `end`.
+        reached: Seeds that have it.
+        seeds: All.
+        before: Time until training begins in training steps of that run; `None` of runs on a GPU, several of which
+            shared it, and which are not waited for.
+    """
+
+    end: int
+    steps: float
+    reached: int
+    seeds: int
+    before: float | None
+
+
+def speeds_of(results: Sequence[Mapping[str, Any]]) -> dict[str, Speed]:
+    """How soon every method is where uniform LoRA ends, in one setting.
 
     Args:
         results: Runs of one setting.
 
     Returns:
-        Method to `steps`, the mean over the seeds that get there; `reached`, how many do, of how many `seeds`; and
-        `calibration_steps`, the time until training begins in training steps of that run.
+        Method to speed.
     """
     chosen = chosen_runs(results)
+    end = min(run["curve"][-1][0] for by_seed in chosen.values() for run in by_seed.values())
     speeds = {}
     for method, by_seed in chosen.items():
         seeds = sorted(by_seed.keys() & chosen[REFERENCE].keys())
-        steps = [steps_to_reference(by_seed[seed]["curve"], chosen[REFERENCE][seed]["curve"]) for seed in seeds]
-        reached = [step for step in steps if step is not None]
+        goals = [dict(chosen[REFERENCE][seed]["curve"])[end] for seed in seeds]
+        steps = [first_reached(by_seed[seed]["curve"], goal) for seed, goal in zip(seeds, goals, strict=True)]
+        # What is reached behind the last common step is not known of all.
+        reached = [step for step in steps if step is not None and step <= end]
         if seeds:
-            speeds[method] = {
-                "steps": mean(reached) if reached else float("nan"),
-                "reached": len(reached),
-                "seeds": len(seeds),
-                "calibration_steps": mean(
-                    run["calibration_seconds"] * run["run"]["steps"] / run["training_seconds"]
-                    for run in by_seed.values()
-                ),
-            }
+            total = sum(reached) + end * (len(seeds) - len(reached))
+            speeds[method] = Speed(end, total / len(seeds), len(reached), len(seeds), _before(by_seed.values()))
     return speeds
+
+
+def _before(runs: Iterable[Mapping[str, Any]]) -> float | None:
+    listed = list(runs)
+    if any(run.get("environment", {}).get("gpu") for run in listed):
+        return None
+    return mean(run["calibration_seconds"] * run["run"]["steps"] / run["training_seconds"] for run in listed)
 
 
 class Size(NamedTuple):
@@ -383,15 +431,23 @@ class Size(NamedTuple):
 
     Attributes:
         parameters: Of the adapter, mean over seeds.
-        loss: Mean test loss.
-        error: Its standard error over seeds.
+        losses: Test loss of every seed, in their order.
         accuracy: Mean test accuracy.
     """
 
     parameters: float
-    loss: float
-    error: float
+    losses: tuple[float, ...]
     accuracy: float
+
+    @property
+    def loss(self) -> float:
+        """Mean test loss."""
+        return mean(self.losses)
+
+    @property
+    def error(self) -> float:
+        """Its standard error over seeds."""
+        return stdev(self.losses) / math.sqrt(len(self.losses)) if len(self.losses) > 1 else 0.0
 
 
 def sizes_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, Size]]]:
@@ -408,7 +464,7 @@ def sizes_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[i
     for setting, runs in by_setting(results).items():
         for method, by_seed in chosen_runs(runs).items():
             if len(by_seed) >= needed:
-                found[setting.without_rank][method][setting.rank] = _size(list(by_seed.values()))
+                found[setting.without_rank][method][setting.rank] = _size([by_seed[seed] for seed in sorted(by_seed)])
     return {
         name: {method: sizes for method, sizes in methods.items() if len(sizes) > 1}
         for name, methods in found.items()
@@ -417,25 +473,42 @@ def sizes_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[i
 
 
 def _size(runs: Sequence[Mapping[str, Any]]) -> Size:
-    losses = [run["test"]["loss"] for run in runs]
-    error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
     parameters = mean(run["adapter_parameters"] for run in runs)
-    return Size(parameters, mean(losses), error, mean(run["test"]["accuracy"] for run in runs))
+    losses = tuple(run["test"]["loss"] for run in runs)
+    return Size(parameters, losses, mean(run["test"]["accuracy"] for run in runs))
 
 
-def parameters_to_reach(sizes: Iterable[Size], loss: float) -> float | None:
+def parameters_to_reach(points: Iterable[tuple[float, float]], loss: float) -> float | None:
     """The adapter parameters with which a method has a loss, interpolated in their logarithm.
 
     Args:
-        sizes: Of one method.
+        points: Parameters and losses of one method.
         loss: The loss.
 
     Returns:
         The parameters; those of the smallest adapter if that has it, and `None` if none has.
     """
-    points = sorted((math.log(size.parameters), size.loss) for size in sizes)
-    reached = first_reached(points, loss)
+    reached = first_reached(sorted((math.log(parameters), of_method) for parameters, of_method in points), loss)
     return None if reached is None else math.exp(reached)
+
+
+def share_of_parameters(sizes: Sequence[Size], reference: Size) -> tuple[float, float]:
+    """95 % interval of `parameters_to_reach`, over the parameters of the reference: seeds are drawn for all together.
+
+    Args:
+        sizes: Of one method, with the same seeds.
+        reference: Uniform LoRA, whose loss is to be reached.
+
+    Returns:
+        Lower and upper end; infinite where the loss is not reached.
+    """
+
+    def share(places: Any) -> float:
+        points = [(size.parameters, float(np.take(size.losses, places).mean())) for size in sizes]
+        reached = parameters_to_reach(points, float(np.take(reference.losses, places).mean()))
+        return math.inf if reached is None else reached / reference.parameters
+
+    return interval_of_seeds(min(len(size.losses) for size in (*sizes, reference)), share)
 
 
 def by_setting(results: Sequence[Mapping[str, Any]]) -> dict[Setting, list[Mapping[str, Any]]]:
@@ -468,7 +541,7 @@ def write_docs(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
         parts += [_speed_table(setting, speeds_of(runs)), _rate_table(setting, sweeps_of(runs))]
         parts += [table for table in [_answer_table(setting, runs)] if table]
     (folder / "evidence_tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    plot_gains(content["tasks"], folder / "evidence_gains.png")
+    plot_gains(content["settings"], folder / "evidence_gains.png")
     if sizes:
         plot_sizes(sizes, folder / "evidence_parameters.png")
 
@@ -501,12 +574,19 @@ def _size_cell(size: Size | None, show_accuracy: bool) -> str:
 
 
 def _goal_cells(sizes: Sequence[Size], reference: Size | None) -> list[str]:
-    reached = None if reference is None else parameters_to_reach(sizes, reference.loss)
-    if reference is None or reached is None:
+    if reference is None:
+        return ["–", "–"]
+    reached = parameters_to_reach([(size.parameters, size.loss) for size in sizes], reference.loss)
+    if reached is None:
         return ["–", "–"]
     smallest = min(sizes, key=lambda size: size.parameters)
     sign = "≤ " if smallest.loss <= reference.loss else ""
-    return [f"{sign}{reached:,.0f}", f"{sign}{reached / reference.parameters:.0%}"]
+    if reference in sizes:
+        return [f"{reached:,.0f}", "100%"]
+    low, high = share_of_parameters(sizes, reference)
+    least = "≤ " if low <= smallest.parameters / reference.parameters else ""
+    most = "never" if math.isinf(high) else f"{high:.0%}"
+    return [f"{sign}{reached:,.0f}", f"{sign}{reached / reference.parameters:.0%} [{least}{low:.0%}, {most}]"]
 
 
 def _answer_table(setting: Setting, results: Sequence[Mapping[str, Any]]) -> str | None:
@@ -527,19 +607,19 @@ def _answer_table(setting: Setting, results: Sequence[Mapping[str, Any]]) -> str
     return "\n".join([*lines, *(row for _, row in sorted(rows))]) if rows else None
 
 
-def _speed_table(setting: Setting, speeds: Mapping[str, Mapping[str, float]]) -> str:
+def _speed_table(setting: Setting, speeds: Mapping[str, Speed]) -> str:
+    end = next(iter(speeds.values())).end
     lines = [
         f"### Speed: {setting}",
         "",
-        "| method | steps to uniform LoRA's last measured loss | seeds that get there | before training, in steps |",
+        f"| method | steps to uniform LoRA's loss at step {end} | seeds that get there | before training, in steps |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for method, row in sorted(
-        speeds.items(), key=lambda item: (-item[1]["reached"] / item[1]["seeds"], item[1]["steps"])
-    ):
-        steps = "–" if not row["reached"] else f"{row['steps']:.0f}"
-        seeds = f"{row['reached']} of {row['seeds']}"
-        lines.append(f"| {method} | {steps} | {seeds} | {row['calibration_steps']:.1f} |")
+    for method, speed in sorted(speeds.items(), key=lambda item: (item[1].steps, -item[1].reached)):
+        least = "" if speed.reached == speed.seeds else "≥ "
+        steps = f"{least}{speed.steps:.0f}" if speed.reached else "–"
+        before = "–" if speed.before is None else f"{speed.before:.1f}"
+        lines.append(f"| {method} | {steps} | {speed.reached} of {speed.seeds} | {before} |")
     return "\n".join(lines)
 
 
@@ -563,14 +643,14 @@ def _rate_table(setting: Setting, sweeps: Mapping[str, Sweep]) -> str:
     return "\n".join(lines)
 
 
-def plot_gains(tasks: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+def plot_gains(settings: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
     """Draw the gain in test loss of every method with its interval, one panel for each setting.
 
     Args:
-        tasks: As `report` returns them.
+        settings: As `report` returns them.
         path: A PNG file.
     """
-    drawn = {setting: methods for setting, methods in tasks.items() if methods}
+    drawn = {setting: methods for setting, methods in settings.items() if methods}
     columns = min(2, len(drawn))
     sizes = [len(methods) for methods in drawn.values()]
     heights = [max(sizes[first : first + columns]) for first in range(0, len(sizes), columns)]
@@ -676,25 +756,36 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    overall = _table("All settings, gain in percent", content["overall"], "settings")
-    parts = [overall, "Rows of another number of settings are means over other settings: they do not compare."]
-    for setting, methods in content["tasks"].items():
-        parts += [_table(setting, methods)] if methods else [f"### {setting}"]
+    parts = [_table("All tasks", "%", content["overall"], "tasks", "settings"), _OVERALL]
+    for task, methods in content["tasks"].items():
+        parts += [_table(f"All settings of {task}", UNITS[METRICS[task]], methods, "settings"), _OF_ONE_TASK]
+    for setting, methods in content["settings"].items():
+        unit = UNITS[METRICS[setting.split(",")[0]]]
+        parts += [_table(setting, unit, methods)] if methods else [f"### {setting}"]
         parts += _lines_of_few_seeds(content["few_seeds"][setting])
+        if content["not_tuned"][setting]:
+            parts += [f"{_NOT_TUNED}: {', '.join(content['not_tuned'][setting])}."]
     return "\n\n".join(parts)
 
 
-def _table(title: str, methods: Mapping[str, Mapping[str, Any]], *more_columns: str) -> str:
-    header = ["method", "gain [95 %]", "gain in loss, nats [95 %]", "parameters", "runs", *more_columns]
+def _table(title: str, unit: str, methods: Mapping[str, Mapping[str, Any]], *more_columns: str) -> str:
+    header = [
+        "method",
+        f"gain, {unit} [95 %]",
+        "gain in loss, nats [95 %]",
+        "adapter parameters",
+        "runs",
+        *more_columns,
+    ]
     lines = [f"### {title}", "", "| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
     for method, numbers in sorted(
-        methods.items(), key=lambda item: (-item[1]["settings"], -item[1]["mean_loss_gain"])
+        methods.items(), key=lambda item: (-item[1]["tasks"], -item[1]["settings"], -item[1]["mean_loss_gain"])
     ):
         low, high = numbers["loss_ci95"]
         cells = [
             f"{numbers['mean_gain']:+.2f} [{numbers['ci95'][0]:+.2f}, {numbers['ci95'][1]:+.2f}]",
             f"{numbers['mean_loss_gain']:+.4f} [{low:+.4f}, {high:+.4f}]",
-            f"{numbers['params_ratio']:.3f}",
+            f"{numbers['params_ratio']:.3f}" + (f" ({numbers['parameters']:,.0f})" if "parameters" in numbers else ""),
             *(str(numbers[column]) for column in ("runs", *more_columns)),
         ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")

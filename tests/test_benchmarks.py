@@ -10,6 +10,7 @@ import pathlib
 import random
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import cost_shapes
+import intervals
 import quality
 import quality_methods
 import quality_tasks
@@ -423,7 +425,7 @@ def test_answers_are_the_greedy_ones_of_each_question_on_its_own(monkeypatch):
 def test_the_learning_rate_is_chosen_on_the_development_split_and_the_gain_comes_from_the_test_split():
     results = [run_of(test_loss=2.0)]
     results += [run_of("fim-rank", 1e-3, loss=1.0, test_loss=0.1), run_of("fim-rank", 2e-3, loss=0.8, test_loss=1.5)]
-    numbers = report.report(results)["tasks"]["gsm8k, all-linear, r = 2, 40 steps"]["fim-rank"]
+    numbers = report.report(results)["settings"]["gsm8k, all-linear, r = 2, 40 steps"]["fim-rank"]
     assert numbers["mean_gain"] == pytest.approx(0.5)
     assert report.report(results)["overall"]["fim-rank"]["mean_gain"] == pytest.approx(25)
 
@@ -459,11 +461,21 @@ def test_methods_with_few_seeds_have_no_interval_and_are_named():
     results += [run_of("lora-ga", loss=1.25), run_of("eva-rho-2", loss=1.125)]
     content = report.report(results)
     name = "gsm8k, all-linear, r = 2, 40 steps"
-    assert set(content["tasks"][name]) == set(content["overall"]) == {"uniform", "fim-rank"}
+    assert set(content["settings"][name]) == set(content["overall"]) == {"uniform", "fim-rank"}
     text = report.as_markdown(content)
     assert "Tuned on one seed only: eva-rho-2 (-0.125), lora-ga (-0.250)." in text
     assert "On 4 seeds only: random (-0.100)." in text
     assert "| lora-ga" not in text
+
+
+def test_a_method_with_its_best_rate_at_an_end_is_named():
+    losses = {1e-3: 1.0, 2e-3: 0.8, 4e-3: 0.9}
+    results = [run_of(rate=rate, loss=loss) for rate, loss in losses.items()]
+    results += [run_of("random", rate, loss=loss) for rate, loss in losses.items() if rate < 4e-3]
+    results += [run_of("inverse", rate=1e-3)]
+    content = report.report(results)
+    assert content["not_tuned"] == {"gsm8k, all-linear, r = 2, 40 steps": ["inverse", "random"]}
+    assert "is at an end of those that were run: inverse, random." in report.as_markdown(content)
 
 
 def test_where_all_have_two_seeds_two_are_enough():
@@ -484,32 +496,91 @@ def test_the_overall_table_says_over_how_many_settings_a_mean_is():
     assert content["overall"]["fim-rank"]["mean_gain"] == pytest.approx(15)
     rows = [line for line in report.as_markdown(content).splitlines() if line.startswith("| ")][2:5]
     assert [row.split(" | ")[0] for row in rows] == ["| fim-rank", "| uniform", "| random"]
-    assert "| 1.000 | 2 | 2 |" in rows[1]
-    assert "| 1.000 | 1 | 1 |" in rows[2]
+    assert "| 1.000 | 2 | 1 | 2 |" in rows[1]
+    assert "| 1.000 (100) | 1 | 1 | 1 |" in rows[2]
+
+
+def test_overall_every_task_counts_once_however_many_settings_it_has():
+    results = [run_of(rank=rank) for rank in (2, 8)] + [run_of(task="sst2")]
+    results += [run_of("random", loss=0.9), run_of("random", loss=0.7, rank=8), run_of("random", task="sst2")]
+    content = report.report(results)
+    assert content["tasks"]["gsm8k"]["random"]["mean_gain"] == pytest.approx(0.2)
+    assert content["tasks"]["sst2"]["random"]["mean_gain"] == pytest.approx(0)
+    assert content["overall"]["random"]["mean_gain"] == pytest.approx(10)
+
+
+def test_settings_of_a_task_share_their_seeds():
+    # What one setting gains at a seed, the other loses: the mean of both has no spread.
+    results = [run_of(seed=seed, rank=rank) for seed in range(5) for rank in (2, 8)]
+    results += [run_of("random", seed=seed, loss=0.5 + seed / 10) for seed in range(5)]
+    results += [run_of("random", seed=seed, loss=0.9 - seed / 10, rank=8) for seed in range(5)]
+    assert report.report(results)["tasks"]["gsm8k"]["random"]["ci95"] == pytest.approx([0.3, 0.3])
 
 
 def test_more_accuracy_is_a_gain_in_points():
     better = run_of("eva-rho-2", task="sst2")
     better["test"] = {"loss": 1.0, "accuracy": 0.53}
-    numbers = report.report([run_of(task="sst2"), better])["tasks"]["sst2, all-linear, r = 2, 40 steps"]
+    numbers = report.report([run_of(task="sst2"), better])["settings"]["sst2, all-linear, r = 2, 40 steps"]
     assert numbers["eva-rho-2"]["mean_gain"] == pytest.approx(3)
 
 
 def test_the_interval_is_that_of_all_resamples():
-    # Of 27 resamples of three values, one has the smallest mean: more than 2.5 %.
-    assert report.interval([[1.0, 2.0, 6.0]]) == pytest.approx((1.0, 6.0))
     values = [0.0, 1.0, 2.0, 4.0, 8.0]
     means = sorted(sum(resample) / 5 for resample in itertools.product(values, repeat=5))
-    low, high = report.interval([values])
-    assert low == pytest.approx(means[round(0.025 * len(means))], abs=0.2)
-    assert high == pytest.approx(means[round(0.975 * len(means))], abs=0.2)
+    low, high = intervals.interval([values])
+    # Of five values t is 2.776 and a bootstrap too narrow by sqrt(4 / 5): 0.00096 of the resamples are below.
+    assert low == pytest.approx(means[round(0.00096 * len(means))], abs=0.2)
+    assert high == pytest.approx(means[-1 - round(0.00096 * len(means))], abs=0.2)
+    assert intervals.interval([[1.0]]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_intervals_of_five_seeds_cover_the_mean_as_often_as_they_say(groups, monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 4_000)
+    generator = np.random.default_rng(1)
+    covered = 0
+    for _ in range(500):
+        low, high = intervals.interval(generator.normal(size=(groups, 5)).tolist())
+        covered += low <= 0 <= high
+    assert 0.91 <= covered / 500 <= 0.98
+
+
+def curve_of(*losses):
+    return {"curve": [[20 * (place + 1), loss] for place, loss in enumerate(losses)]}
+
+
+def speeds(*runs):
+    return report.speeds_of([run_of(**curve_of(2.0, 1.0)), *runs])
 
 
 def test_steps_to_the_loss_of_uniform_lora_are_interpolated():
-    reference = [(20, 2.0), (40, 1.0)]
-    assert report.steps_to_reference([(20, 1.5), (40, 0.5)], reference) == pytest.approx(30)
-    assert report.steps_to_reference([(20, 0.9), (40, 0.5)], reference) == 20
-    assert report.steps_to_reference([(20, 2.0), (40, 1.1)], reference) is None
+    assert speeds(run_of("random", **curve_of(1.5, 0.5)))["random"].steps == pytest.approx(30)
+    assert speeds(run_of("random", **curve_of(0.9, 0.5)))["random"].steps == 20
+
+
+def test_a_seed_that_never_gets_there_counts_as_the_whole_training(tmp_path):
+    results = [run_of(seed=seed, **curve_of(2.0, 1.0)) for seed in (0, 1)]
+    results += [run_of("random", seed=0, **curve_of(1.0, 0.5)), run_of("random", seed=1, **curve_of(2.0, 1.1))]
+    results += [run_of("inverse", seed=seed, **curve_of(2.0, 1.1)) for seed in (0, 1)]
+    found = report.speeds_of(results)
+    assert found["random"] == (40, 30, 1, 2, 2.0)
+    report.write_docs(results, tmp_path)
+    text = (tmp_path / "evidence_tables.md").read_text()
+    assert "| random | ≥ 30 | 1 of 2 | 2.0 |" in text
+    assert "| inverse | – | 0 of 2 | 2.0 |" in text
+
+
+def test_curves_are_compared_up_to_the_last_step_that_all_have():
+    found = speeds(run_of("random", **curve_of(1.5, 0.5, 0.1)), run_of("inverse", **curve_of(3.0, 2.0, 0.9)))
+    assert {speed.end for speed in found.values()} == {40}
+    assert found["random"].steps == pytest.approx(30)
+    assert found["inverse"].reached == 0
+
+
+def test_times_on_a_gpu_are_not_compared():
+    on_gpu = {"environment": {"gpu": "NVIDIA H200"}}
+    assert report.speeds_of([run_of(**on_gpu)])["uniform"].before is None
+    assert report.speeds_of([run_of()])["uniform"].before == 2
 
 
 def test_the_learning_rate_table_says_what_half_and_twice_the_best_cost(tmp_path):
@@ -538,18 +609,29 @@ def test_parameters_for_a_loss_are_interpolated_in_their_logarithm(tmp_path):
     results += sized("random", 2, 9, 1000) + sized("random", 8, 7, 4000)
     results += sized("lora-ga", 2, 1, 10, seeds=1)
     sizes = report.sizes_of(results)["sst2, all-linear, 40 steps"]
-    assert sizes["uniform"][8] == pytest.approx((4000, 6, math.sqrt(2.5 / 5), 0.5))
-    assert report.parameters_to_reach(sizes["fim-rank"].values(), 6) == pytest.approx(2000)
+    assert sizes["uniform"][8] == (4000, (4, 5, 6, 7, 8), 0.5)
+    assert (sizes["uniform"][8].loss, sizes["uniform"][8].error) == (6, pytest.approx(math.sqrt(2.5 / 5)))
+    assert report.parameters_to_reach([(1000, 7), (4000, 5)], 6) == pytest.approx(2000)
 
     report.write_docs(results, tmp_path)
     text = (tmp_path / "evidence_tables.md").read_text()
     assert "| uniform | 10.000 (50.0 %) | 8.000 (50.0 %) | 6.000 (50.0 %) | 4,000 | 100% |" in text
-    assert "| fim-rank | 7.000 (50.0 %) | – | 5.000 (50.0 %) | 2,000 | 50% |" in text
-    assert "| adalora | 6.000 (50.0 %) | 5.000 (50.0 %) | – | ≤ 1,000 | ≤ 25% |" in text
+    assert "| fim-rank | 7.000 (50.0 %) | – | 5.000 (50.0 %) | 2,000 | 50% [50%, 50%] |" in text
+    assert "| adalora | 6.000 (50.0 %) | 5.000 (50.0 %) | – | ≤ 1,000 | ≤ 25% [≤ 25%, 25%] |" in text
     assert "inverse" not in sizes  # one rank is no line
     assert "| random | 9.000 (50.0 %) | – | 7.000 (50.0 %) | – | – |" in text
     assert "lora-ga" not in sizes
     assert (tmp_path / "evidence_parameters.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_share_of_parameters_has_the_spread_of_the_seeds():
+    # Uniform LoRA has the loss 6 at every seed; the method needs 1000 parameters at one seed and 4000 at another.
+    reference = report.Size(4000, (6.0,) * 5, 0.5)
+    small, large = report.Size(1000, (6, 7, 7, 7, 8), 0.5), report.Size(4000, (4, 5, 5, 5, 6), 0.5)
+    low, high = report.share_of_parameters([small, large], reference)
+    assert (low, high) == (pytest.approx(0.25), pytest.approx(1))
+    never = report.Size(4000, (7.0,) * 5, 0.5)
+    assert report.share_of_parameters([report.Size(1000, (7.0,) * 5, 0.5), never], reference) == (math.inf, math.inf)
 
 
 def test_two_ranks_are_no_curve():
@@ -561,9 +643,10 @@ def test_precisions_are_not_compared_with_each_other():
     half["run"]["dtype"] = "bfloat16"
     reference = run_of(loss=0.75)
     reference["run"]["dtype"] = "bfloat16"
-    tasks = report.report([run_of(), run_of("fim-rank", loss=0.9), reference, half])["tasks"]
-    assert tasks["gsm8k, all-linear, r = 2, 40 steps"]["fim-rank"]["mean_loss_gain"] == pytest.approx(0.1)
-    assert tasks["gsm8k, all-linear, r = 2, 40 steps, bfloat16"]["fim-rank"]["mean_loss_gain"] == pytest.approx(0.25)
+    settings = report.report([run_of(), run_of("fim-rank", loss=0.9), reference, half])["settings"]
+    assert settings["gsm8k, all-linear, r = 2, 40 steps"]["fim-rank"]["mean_loss_gain"] == pytest.approx(0.1)
+    half_precision = settings["gsm8k, all-linear, r = 2, 40 steps, bfloat16"]
+    assert half_precision["fim-rank"]["mean_loss_gain"] == pytest.approx(0.25)
 
 
 def test_exact_matches_are_the_mean_over_the_seeds_that_have_them(tmp_path):
@@ -593,7 +676,8 @@ def test_the_results_of_the_project_are_read_whatever_their_age():
     assert any("dtype" not in result["run"] for result in results)
     content = report.report(results)
     assert {"mean_gain", "ci95", "params_ratio", "runs"} <= content["overall"]["fim-rank"].keys()
-    assert "banking77, all-linear, r = 2, 120 steps" in content["tasks"]
+    assert "banking77, all-linear, r = 2, 120 steps" in content["settings"]
+    assert {"banking77", "sst2", "gsm8k"} <= content["tasks"].keys()
 
 
 # --- Cost --------------------------------------------------------------------------------------------------------
@@ -622,7 +706,7 @@ def test_another_reference_is_compared_with_seed_by_seed_where_it_was_run():
             for method, loss in (("uniform", 3.0), ("random", 2.5), ("fim-rank", 2.25))]  # fmt: skip
     elsewhere = [run_of(method, seed=seed, rank=8) for seed in range(5) for method in ("uniform", "fim-rank")]
     content = report.report(runs + elsewhere, "random")
-    (only,) = content["tasks"].values()
+    (only,) = content["settings"].values()
     assert only["fim-rank"]["mean_loss_gain"] == pytest.approx(0.25)
     assert only["uniform"]["loss_ci95"] == pytest.approx([-0.5, -0.5])
-    assert len(report.report(runs + elsewhere)["tasks"]) == 2
+    assert len(report.report(runs + elsewhere)["settings"]) == 2
