@@ -10,7 +10,7 @@ Batches. The eFIM of each of 128 batches is measured on its own. Ranks from the 
 from the other 64, which they share no example with. So even 64 batches do not agree fully, and the line of 64 says
 how much of the difference is that of two samples of that size.
 
-Projection. Where examples are long, scores are read through a random projection by default; ranks from 8 batches are
+Projection. Where examples are longer than 128 tokens, scores are read through a random projection by default; ranks from 8 batches are
 compared with those of exact scores from the same batches.
 
 Classifiers. The same 8 batches with new classifiers of several seeds, and with each after a short training of the
@@ -35,6 +35,7 @@ import torch
 from peft import LoraConfig
 
 from fim_lora import FimConfig, FimScores, RankAllocation
+from fim_lora.sketch import MOST_EXACT_POSITIONS
 from quality_methods import Setting, fim_scores, with_means
 from quality_tasks import (
     DEFAULT_TASKS,
@@ -170,7 +171,7 @@ def measured(measurement: Measurement, repeats: int, heads: int) -> dict[str, An
         "batch_size": task.batch_size,
         "repeats": repeats,
         "batches": measurement.by_number(repeats),
-        "projection": measurement.by_projection(repeats),
+        "projection": measurement.by_projection(repeats) if task.max_length > MOST_EXACT_POSITIONS else None,
         "heads": {} if task.causal else measurement.by_head(heads),
     }
 
@@ -180,7 +181,9 @@ def as_markdown(reports: Iterable[Mapping[str, Any]]) -> str:
     lines = ["| task | compared | Spearman's correlation | layers whose rank differs |", "| --- | --- | ---: | ---: |"]
     for report in reports:
         rows = {f"{number} batches with 64 others": row for number, row in report["batches"].items()}
-        rows |= {f"{DEFAULT_NUMBER} batches, as by default with exact": report["projection"]} | report["heads"]
+        if report["projection"] is not None:
+            rows[f"{DEFAULT_NUMBER} batches through the projection with the same exactly"] = report["projection"]
+        rows |= report["heads"]
         for name, row in rows.items():
             lines.append(f"| {report['task']} | {name} | {row['correlation']:.3f} | {row['layers_changed']:.0%} |")
     return "\n".join(lines)
