@@ -10,8 +10,8 @@ Batches. The eFIM of each of 128 batches is measured on its own. Ranks from the 
 from the other 64, which they share no example with. So even 64 batches do not agree fully, and the line of 64 says
 how much of the difference is that of two samples of that size.
 
-Projection. Where examples are longer than 128 tokens, scores are read through a random projection by default; ranks from 8 batches are
-compared with those of exact scores from the same batches.
+Projection. Where examples are longer than 128 tokens, scores are read through a random projection by default; ranks
+from 8 batches are compared with those of exact scores from the same batches.
 
 Classifiers. The same 8 batches with new classifiers of several seeds, and with each after a short training of the
 classifier alone; ranks of any two are compared.
