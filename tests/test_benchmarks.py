@@ -626,12 +626,12 @@ def test_parameters_for_a_loss_are_interpolated_in_their_logarithm(tmp_path):
 
 def test_the_share_of_parameters_has_the_spread_of_the_seeds():
     # Uniform LoRA has the loss 6 at every seed; the method needs 1000 parameters at one seed and 4000 at another.
-    reference = report.Size(4000, (6.0,) * 5, 0.5)
-    small, large = report.Size(1000, (6, 7, 7, 7, 8), 0.5), report.Size(4000, (4, 5, 5, 5, 6), 0.5)
+    reference = report.Size(4000, (6.0, 6.0), 0.5)
+    small, large = report.Size(1000, (6, 8), 0.5), report.Size(4000, (4, 6), 0.5)
     low, high = report.share_of_parameters([small, large], reference)
     assert (low, high) == (pytest.approx(0.25), pytest.approx(1))
-    never = report.Size(4000, (7.0,) * 5, 0.5)
-    assert report.share_of_parameters([report.Size(1000, (7.0,) * 5, 0.5), never], reference) == (math.inf, math.inf)
+    never = [report.Size(parameters, (7.0, 7.0), 0.5) for parameters in (1000, 4000)]
+    assert report.share_of_parameters(never, reference) == (math.inf, math.inf)
 
 
 def test_two_ranks_are_no_curve():
