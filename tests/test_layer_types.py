@@ -363,6 +363,29 @@ def test_attention_in_a_transformer_of_pytorch_with_dropout():
     assert scores["attention"].mean == pytest.approx(truth.item(), rel=1e-5)
 
 
+def under_autocast(dtype):
+    def forward_fn(model, batch):
+        with torch.autocast("cpu", dtype):
+            return model(**batch)
+
+    return forward_fn
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_attention_under_autocast(options, dtype):
+    """The backward pass is outside of it, and runs the attention again as it was."""
+    batches = attention_batches(options.get("memory", False))
+    config = LoraConfig(target_modules=["attention"])
+    model = Attention(**options)
+    scores = get_fim_scores(model, batches, config, forward_fn=under_autocast(dtype), show_progress_bar=False)
+    truth = per_example_truth(Attention(**options), batches, WEIGHTS, by_row).mean().item()
+    # The forward pass rounds to 8 bits (bfloat16) or 11 bits (float16).
+    assert scores["attention"].mean == pytest.approx(truth, rel=0.1 if dtype == torch.bfloat16 else 0.01)
+    exact = get_fim_scores(model, batches, config, show_progress_bar=False)
+    assert scores["attention"].mean != exact["attention"].mean
+
+
 def test_a_loss_on_attention_weights_is_refused():
     class OnWeights(Attention):
         def forward(self, x, target):
@@ -464,6 +487,19 @@ def test_a_parameter_that_is_a_matrix():
     scores = get_fim_scores(model, batches, config, show_progress_bar=False)
     assert_score(scores["layer.weight"], per_example_truth(model, batches, ["layer.weight"], by_row))
     assert scores["layer.weight"].shape == (3, WIDTH)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_parameter_under_autocast(dtype):
+    torch.manual_seed(0)
+    model = Net(nn.Linear(WIDTH, 3), first=False)
+    batches = batches_for(model.layer)
+    config = LoraConfig(target_modules=[], target_parameters=["layer.weight"])
+    scores = get_fim_scores(model, batches, config, forward_fn=under_autocast(dtype), show_progress_bar=False)
+    truth = per_example_truth(model, batches, ["layer.weight"], by_row).mean().item()
+    assert scores["layer.weight"].mean == pytest.approx(truth, rel=0.1 if dtype == torch.bfloat16 else 0.01)
+    exact = get_fim_scores(model, batches, config, show_progress_bar=False)
+    assert scores["layer.weight"].mean != exact["layer.weight"].mean
 
 
 class Repeating(Experts):

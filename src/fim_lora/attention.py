@@ -39,11 +39,11 @@ def attention_matrices(layer: nn.MultiheadAttention, call: LayerCall) -> list[tu
 
     weights = layer.in_proj_weight.detach().chunk(3)
     biases = [None] * 3 if layer.in_proj_bias is None else layer.in_proj_bias.detach().chunk(3)
-    query, key, value = (
-        F.linear(x, weight, bias).requires_grad_() for x, weight, bias in zip(inputs, weights, biases, strict=True)
-    )
-    identity = torch.eye(layer.embed_dim, dtype=query.dtype, device=query.device)
     with torch.enable_grad(), call.replayed():
+        query, key, value = (
+            F.linear(x, weight, bias).requires_grad_() for x, weight, bias in zip(inputs, weights, biases, strict=True)
+        )
+        identity = torch.eye(layer.embed_dim, dtype=query.dtype, device=query.device)
         attended, _ = F.multi_head_attention_forward(
             query,
             key,
@@ -65,6 +65,7 @@ def attention_matrices(layer: nn.MultiheadAttention, call: LayerCall) -> list[tu
             v_proj_weight=identity,
             **{name: arguments[name] for name in _PASSED_ON},
         )
-    gradients = torch.autograd.grad(attended, (query, key, value), gradient @ layer.out_proj.weight.detach())
+    behind = layer.out_proj.weight.detach().to(gradient.dtype)  # as autocast has it
+    gradients = torch.autograd.grad(attended, (query, key, value), (gradient @ behind).to(attended.dtype))
     pairs = [*zip(inputs, gradients, strict=True), (attended.detach(), gradient)]
     return [(x.transpose(0, 1), g.transpose(0, 1)) if batched else (x[None], g[None]) for x, g in pairs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,46 @@ class RandomState:
             yield
 
 
+@dataclass(frozen=True)
+class CallState:
+    """What a call of a module depends on beside its arguments and weights.
+
+    Attributes:
+        random: The random numbers.
+        autocast: Device type to the dtype that autocast computes in, where it is on.
+    """
+
+    random: RandomState
+    autocast: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, *tensors: Any) -> CallState:
+        """The state at this moment.
+
+        Args:
+            tensors: Anything; tensors in it tell the devices.
+
+        Returns:
+            The state.
+        """
+        random = RandomState.of(*tensors)
+        types = {"cpu", random.device_type}
+        return cls(random, {name: torch.get_autocast_dtype(name) for name in types if torch.is_autocast_enabled(name)})
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """A call inside is what the call was; outside nothing changes.
+
+        Yields:
+            Nothing.
+        """
+        with ExitStack() as stack:
+            for device_type, dtype in self.autocast.items():
+                stack.enter_context(torch.autocast(device_type, dtype))
+            stack.enter_context(self.random.restored())
+            yield
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCall:
     """One call of a layer, after its backward pass.
@@ -67,7 +107,7 @@ class LayerCall:
         args: Positional arguments; only the input, as the only one, of a layer that is not run again.
         kwargs: Keyword arguments.
         output: The output, of a layer that is run again.
-        random: State of the random numbers before the call, of a layer that is run again.
+        state: State before the call, of a layer that is run again.
         gradient: Gradient of the loss with respect to the output.
         sketch: The random projection through which long examples may be read; `None` to be exact.
     """
@@ -75,7 +115,7 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor | None
-    random: RandomState | None
+    state: CallState | None
     gradient: Tensor
     sketch: Sketch | None = None
 
@@ -106,8 +146,8 @@ class LayerCall:
         return replace(self, args=args, kwargs=kwargs, output=output, gradient=gradient)
 
     def replayed(self) -> AbstractContextManager[None]:
-        """Random numbers inside are those of the call."""
-        return nullcontext() if self.random is None else self.random.restored()
+        """Random numbers and autocast inside are those of the call."""
+        return nullcontext() if self.state is None else self.state.restored()
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -199,15 +239,13 @@ class SavedCall:
         args: Positional arguments.
         kwargs: Keyword arguments.
         output: The output.
-        random: State of the random numbers before the call.
+        state: State before the call.
     """
 
-    def __init__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, random: RandomState | None
-    ) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, state: CallState | None) -> None:
         leaves, self._structure = tree_flatten((args, kwargs, output))
         self._others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        self._random = random
+        self._state = state
         self._saved = _SavedTensors(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def take(self, name: str, gradient: Tensor) -> LayerCall:
@@ -216,7 +254,7 @@ class SavedCall:
         leaves = [next(tensors) if other is None else other[0] for other in self._others]
         args, kwargs, output = tree_unflatten(leaves, self._structure)
         args, kwargs = send_to_device((args, kwargs), gradient.device)
-        return LayerCall(args, kwargs, output, self._random, gradient)
+        return LayerCall(args, kwargs, output, self._state, gradient)
 
 
 class _SaveForBackward(torch.autograd.Function):

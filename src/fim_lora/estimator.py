@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .calls import LayerCall, RandomState, SavedCall, SavedInput, input_of
+from .calls import CallState, LayerCall, SavedCall, SavedInput, input_of
 from .distributed import gathered, process_number
 from .examples import UnattributableError, batch_size_of
 from .fisher_sums import FisherSums
@@ -177,7 +177,7 @@ class FisherEstimator:
         return self.__dict__ | {"_pass": _Pass()}
 
     def _observe(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, random: RandomState | None
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, state: CallState | None
     ) -> Any:
         """The forward hook: keep the arguments, and ask for the gradient of the output."""
         if self.paused:
@@ -209,7 +209,7 @@ class FisherEstimator:
             ]
         saved: SavedInput | SavedCall
         if self.layers[name].layer_type.runs_again:
-            saved = SavedCall(args, kwargs, outputs[0], random)
+            saved = SavedCall(args, kwargs, outputs[0], state)
         else:
             saved = SavedInput(input_of(args, kwargs))
             self._pass.latest[name] = ref(saved)
@@ -349,19 +349,19 @@ class _LayerHook:
 
     estimator: FisherEstimator
     name: str
-    random: RandomState | None = None
+    state: CallState | None = None
 
     @_outside_compiled_code
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before the call, of a layer that is run again."""
         if not self.estimator.paused:
             # Where Accelerate moves the arguments inside of the call, random numbers are drawn where the weights are.
-            self.random = RandomState.of(args, kwargs, list(module.parameters()))
+            self.state = CallState.of(args, kwargs, list(module.parameters()))
 
     @_outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        random, self.random = self.random, None
-        return self.estimator._observe(self.name, args, kwargs, output, random)
+        state, self.state = self.state, None
+        return self.estimator._observe(self.name, args, kwargs, output, state)
 
 
 @dataclass

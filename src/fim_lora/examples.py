@@ -21,9 +21,10 @@ def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     2. The second of three or more dimensions is the batch (sequence first): the two are swapped.
     3. The leading dimension is a multiple of the batch, as after `hidden.view(-1, d)`: consecutive rows belong to
        the same example.
-    4. Otherwise rows cannot be attributed to examples, for example tokens routed to an expert. Nor can they where
-       2 and 3 both apply, and so contradict each other: windows of an image or of a video, with as many positions as
-       there are examples, look like a sequence of which the length is a multiple of the batch.
+    4. Otherwise rows cannot be attributed to examples, for example tokens routed to an expert, unless their number
+       happens to be a multiple of the batch, which nothing tells from rule 3. Nor can they where 2 and 3 both apply,
+       and so contradict each other: windows of an image or of a video, with as many positions as there are examples,
+       look like a sequence of which the length is a multiple of the batch.
 
     Args:
         x: Input of the layer (B × … or (B·k) × … or T × B × …).
