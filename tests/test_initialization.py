@@ -1,12 +1,20 @@
 """`initialize_lora_fim_ranks` and `get_fim_scores` on real PEFT models."""
 
 import copy
+import inspect
 import math
 import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_eva_state_dict,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    inject_adapter_in_model,
+)
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import BatchEncoding
@@ -120,6 +128,17 @@ def test_forward_fn_decides_the_loss():
     for name in plain.ranks:
         assert tripled.scores[name].mean == pytest.approx(9 * plain.scores[name].mean, rel=1e-5)
     assert tripled.ranks == plain.ranks
+
+
+def test_arguments_come_in_the_order_of_those_of_eva():
+    for ours, of_eva in (
+        (get_fim_scores, get_eva_state_dict),
+        (initialize_lora_fim_ranks, initialize_lora_eva_weights),
+    ):
+        names, names_of_eva = (list(inspect.signature(function).parameters) for function in (ours, of_eva))
+        shared = [name for name in names_of_eva if name in names]
+        assert [name for name in names if name in names_of_eva] == shared
+        assert {"model", "dataloader", "forward_fn", "adapter_name", "show_progress_bar"} <= set(shared)
 
 
 def test_trained_modules_to_save_are_part_of_the_loss():

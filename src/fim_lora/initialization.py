@@ -161,8 +161,8 @@ def get_fim_scores(
     model: nn.Module,
     dataloader: Iterable[Any],
     peft_config: LoraConfig | None = None,
-    adapter_name: str = "default",
     forward_fn: ForwardFn | None = None,
+    adapter_name: str = "default",
     show_progress_bar: bool = True,
 ) -> FimScores:
     """The eFIM score of every layer that a LoRA adapter targets, without changing anything.
@@ -173,8 +173,8 @@ def get_fim_scores(
         dataloader: Yields batches, see `initialize_lora_fim_ranks`.
         peft_config: Needed for a model without adapters. Its `fim_config` says how many batches to use; without
             one, the default of `FimConfig` holds.
-        adapter_name: The adapter whose layers are scored, if the model has adapters.
         forward_fn: See `initialize_lora_fim_ranks`.
+        adapter_name: The adapter whose layers are scored, if the model has adapters.
         show_progress_bar: Whether to show one.
 
     Returns:
