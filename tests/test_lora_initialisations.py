@@ -1,6 +1,9 @@
 """Ranks from the eFIM, directions from every initialisation that PEFT has for them."""
 
 import copy
+import dataclasses
+import json
+import warnings
 
 import pytest
 import torch
@@ -174,6 +177,30 @@ def test_eva_with_given_scores_and_a_layer_that_it_does_not_know():
     assert embedding.lora_embedding_B["default"].any()
 
 
+@pytest.mark.parametrize("eva_config", [None, EvaConfig(tau=0.9)])
+def test_eva_warns_of_nothing_and_leaves_nothing_in_the_config(tmp_path, eva_config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = fim_lora_config(init_lora_weights="eva", eva_config=eva_config, task_type="CAUSAL_LM")
+        assert dataclasses.replace(config, r=4).eva_config == config.eva_config == eva_config
+    model = get_peft_model(llama(), config)
+    for folder in (tmp_path / "before", tmp_path / "after"):
+        model.save_pretrained(folder)
+        assert json.loads((folder / "adapter_config.json").read_text())["eva_config"] is None
+        if folder.name == "before":
+            assert model.peft_config["default"].eva_config == eva_config
+            initialize_lora_fim_ranks(model, eva_batches(), show_progress_bar=False)
+    assert model.peft_config["default"].eva_config is None
+    torch.save(logits(model), tmp_path / "logits.pt")
+    stock(f"""
+        for folder in ("before", "after"):
+            model = PeftModel.from_pretrained(llama(), {str(tmp_path)!r} + "/" + folder).eval()
+            with torch.no_grad():
+                logits = model(**token_batch()).logits
+            torch.testing.assert_close(logits, torch.load({str(tmp_path / "logits.pt")!r}), rtol=1e-5, atol=1e-5)
+    """)
+
+
 def test_eva_needs_data_and_a_model_of_peft():
     model = fim_model(init_lora_weights="eva")
     for batch in lm_batches():
@@ -249,9 +276,11 @@ def test_a_failure_in_the_middle_puts_base_weights_back():
         assert torch.equal(value, before[name]), name
 
 
-def test_peft_refuses_at_once_what_does_not_go_together():
+# With EVA, B would have a random bias.
+@pytest.mark.parametrize("init", ["pissa", "eva"])
+def test_peft_refuses_at_once_what_does_not_go_together(init):
     with pytest.raises(ValueError, match="lora_bias=True is only supported with init_lora_weights=True or False"):
-        LoraConfig(init_lora_weights="fim", fim_config=FimConfig(init_lora_weights="pissa"), lora_bias=True)
+        LoraConfig(init_lora_weights="fim", fim_config=FimConfig(init_lora_weights=init), lora_bias=True)
 
 
 def test_odd_base_ranks_are_refused_for_orthogonal():

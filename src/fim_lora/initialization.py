@@ -104,6 +104,8 @@ def initialize_lora_fim_ranks(
     _require_same_ranks(allocation)
     base_config = copy.copy(config)
     base_config.init_lora_weights = final_initialisation(config)
+    if with_eva:
+        base_config.eva_config = None  # used up, and PEFT would warn of it whenever the adapter is loaded
     new_config = allocation.to_lora_config(base_config)
     verify_patterns(new_config, allocation)
     directions = None

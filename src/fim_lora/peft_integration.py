@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import EvaConfig, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -117,8 +117,7 @@ def _extend_lora_config() -> None:
             raise TypeError(f"`fim_config` must be a FimConfig, a dict or None, got {self.fim_config!r}.")
         if awaits_ranks(self):
             self.fim_config = self.fim_config or FimConfig()
-        # With the initialisation that is to come, so that PEFT refuses now what does not go with it.
-        with _presented_as(self, final_initialisation(self)):
+        with _presented_as_it_will_be(self):
             plain_post_init(self)
         if self.fim_config is not None and not awaits_ranks(self):
             warnings.warn(
@@ -131,6 +130,8 @@ def _extend_lora_config() -> None:
         with _presented_as(self, True):
             content = plain_to_dict(self)
         content.pop("fim_config", None)
+        if awaits_ranks(self):
+            content["eva_config"] = None  # of which PEFT would warn whenever it is read
         return content
 
     LoraConfig.__init__ = extended.__init__  # type: ignore[misc]
@@ -181,6 +182,24 @@ def _presented_as(config: LoraConfig, init_lora_weights: bool | str) -> Iterator
         yield
     finally:
         config.init_lora_weights = "fim"
+
+
+@contextmanager
+def _presented_as_it_will_be(config: LoraConfig) -> Iterator[None]:
+    """Show PEFT the initialisation that is to come, so that it refuses now what does not go with it."""
+    if not awaits_ranks(config):
+        yield
+        return
+    chosen = config.fim_config.init_lora_weights
+    lacks_eva_config = chosen == "eva" and config.eva_config is None
+    if lacks_eva_config:
+        config.eva_config = EvaConfig()  # else PEFT warns that it takes this one
+    try:
+        with _presented_as(config, chosen):
+            yield
+    finally:
+        if lacks_eva_config:
+            config.eva_config = None
 
 
 def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
