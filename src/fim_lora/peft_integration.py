@@ -586,7 +586,7 @@ class _LayerState:
         self._old_parameters = self._parameters
         self._requires_grad = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         self._training = {name: module.training for name, module in self._modules.items()}
-        self._base_weight = _weight_before(layer, init_lora_weights)
+        self._base_weight = _BaseWeight.changed_by(init_lora_weights, layer)
 
     def carry_over(self) -> None:
         """Give the rebuilt adapter the device, dtype, mode, dropout and `requires_grad` of the one before."""
@@ -620,7 +620,7 @@ class _LayerState:
         for container, entry in self._entries.items():
             getattr(self.layer, container)[self._adapter_name] = entry
         if self._base_weight is not None:
-            self.layer.get_base_layer().weight.data = self._base_weight
+            self._base_weight.restore()
         self._modules, self._parameters = _own_parts(self.layer)
         self._set_flags()
 
@@ -670,15 +670,32 @@ def _changes_weight(init_lora_weights: bool | str) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
 
 
-def _weight_before(layer: Any, init_lora_weights: bool | str) -> torch.Tensor | None:
-    """The base weight, if the initialisation takes the adapter out of it."""
-    if not _changes_weight(init_lora_weights):
-        return None
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    if weight is None:
-        return None
-    # OLoRA subtracts in place.
-    return weight.data.clone() if init_lora_weights == "olora" else weight.data
+@dataclasses.dataclass
+class _BaseWeight:
+    """What a base weight was before an initialisation took the adapter out of it."""
+
+    base_layer: Any
+    parameter: nn.Parameter
+    values: torch.Tensor
+    quant_state: Any
+
+    @classmethod
+    def changed_by(cls, init_lora_weights: bool | str, layer: Any) -> _BaseWeight | None:
+        base_layer = layer.get_base_layer()
+        parameter = base_layer._parameters.get("weight")
+        if parameter is None or not _changes_weight(init_lora_weights):
+            return None
+        values = parameter.data
+        if init_lora_weights == "olora" and values.dtype == torch.float32:
+            values = values.clone()  # from which OLoRA subtracts in place
+        return cls(base_layer, parameter, values, getattr(base_layer, "quant_state", None))
+
+    def restore(self) -> None:
+        # OLoRA gives a layer of bitsandbytes another parameter, which holds other statistics of the quantisation.
+        self.base_layer.weight = self.parameter
+        self.parameter.data = self.values
+        if hasattr(self.base_layer, "quant_state"):
+            self.base_layer.quant_state = self.quant_state
 
 
 def _require_droppable(
