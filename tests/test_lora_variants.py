@@ -1,5 +1,6 @@
 """Variants of LoRA and whole architectures: scores, ranks, output, and the way through stock PEFT."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import textwrap
 from importlib.metadata import version
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
-from test_initialization import fim_lora_config, fim_model, logits, randomise, run_own_loop
+from test_initialization import fim_lora_config, fim_model, logits, lora_layers, randomise, run_own_loop
 from test_layer_types import TARGETS, Attention, Mixture, attention_batches, batches_of, floats
 from tiny_models import VOCABULARY, gpt2, llama, lm_batches, number_of_terms, sum_of_losses, token_batch
 
@@ -253,3 +255,51 @@ def test_a_trained_adapter_beside_it_stays():
     model.set_adapter("fim")
     assert torch.equal(logits(model), logits(llama()))
     model(**token_batch()).loss.backward()
+
+
+# --- The fields of LoraConfig with which PEFT builds another kind of layer ---
+
+
+def sub_config(name, **options):
+    """A sub-config that older versions of PEFT do not have."""
+    if not hasattr(peft, name):
+        pytest.skip(f"this version of PEFT has no {name}")
+    return getattr(peft, name)(**options)
+
+
+def test_a_failure_leaves_the_projections_of_velora_as_they_were(monkeypatch):
+    """They are learned once, and buffers of PEFT's own kind. The truth is a model to which nothing happened."""
+    options = {"velora_config": sub_config("VeloraConfig", num_groups=4, init_type="batch_average_once")}
+    model, untouched = fim_model(**options).train(), fim_model(**options).train()
+    for one in (model, untouched):
+        run_own_loop(one)
+        randomise(one)
+        one.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    assert any("velora" in name and value.any() for name, value in before.items())
+    last = list(lora_layers(model).values())[-1]
+
+    def update_layer(*args, **kwargs):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(last, "update_layer", update_layer)
+    with pytest.raises(MemoryError):
+        initialize_lora_fim_ranks(model)
+    monkeypatch.undo()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for one in (model, untouched):
+        one(**token_batch()).loss.backward()
+    for (name, one), (_, other) in zip(model.named_parameters(), untouched.named_parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        assert one.grad is None or torch.equal(one.grad, other.grad), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtypes_of_buffers_are_those_of_stock_peft(dtype):
+    options = {"velora_config": sub_config("VeloraConfig", num_groups=4)}
+    model = fim_model(llama().to(dtype), **options)
+    initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+    plain = get_peft_model(llama().to(dtype), LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], **options))
+    dtypes = {name: value.dtype for name, value in plain.state_dict().items()}
+    assert {name: value.dtype for name, value in model.state_dict().items()} == dtypes

@@ -23,6 +23,7 @@ from typing import Any, cast
 import peft
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -599,6 +600,10 @@ class _LayerState:
                 continue
             device = parameter.device if old.device.type == "meta" else old.device
             parameter.data = parameter.data.to(device=device, dtype=old.dtype)
+        for container, before in self._entries.items():
+            buffers = _container(self.layer, container)
+            if isinstance(buffers, BufferDict):
+                buffers[self._adapter_name] = buffers[self._adapter_name].to(dtype=before.dtype)
         self._set_flags()
 
     def keep_parameters(self) -> None:
@@ -772,7 +777,7 @@ def _forget_targets(model: nn.Module, dropped: Iterable[str]) -> None:
 def _container(layer: LoraLayer, name: str) -> Any:
     """One of PEFT's per-adapter dictionaries of a layer; some attributes listed beside them are none."""
     container = getattr(layer, name, None)
-    return container if isinstance(container, (dict, nn.ModuleDict, nn.ParameterDict)) else {}
+    return container if isinstance(container, (dict, nn.ModuleDict, nn.ParameterDict, BufferDict)) else {}
 
 
 def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:
