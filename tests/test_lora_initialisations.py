@@ -13,7 +13,7 @@ from transformers import BatchEncoding
 
 from fim_lora import FimConfig, RankAllocation, allocate_ranks, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.calibration import forward_fn_default
-from test_initialization import fim_lora_config, fim_model, logits, randomise
+from test_initialization import fim_lora_config, fim_model, logits, randomise, state_of
 from test_stock_peft import stock
 from tiny_models import bert, class_batch, gpt2, llama, lm_batches, token_batch
 
@@ -265,6 +265,27 @@ def test_what_peft_refuses_leaves_model_and_base_weights_as_they_were(init):
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert model.base_model.model.linear.r == {"default": 2}
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_8", "olora", "orthogonal"])
+@pytest.mark.parametrize("chosen_later", [False, True])
+def test_embeddings_are_refused_before_anything_is_changed(init, chosen_later):
+    """PEFT would give them the default initialisation in silence."""
+    base, targets = llama(), ("q_proj", "embed_tokens")
+    message = f"init_lora_weights='{init}' for layer 'model.embed_tokens', an embedding"
+    if not chosen_later:
+        before = [(name, id(module)) for name, module in base.named_modules()]
+        with pytest.raises(ValueError, match=message):
+            fim_model(base, target_modules=targets, init_lora_weights=init)
+        assert [(name, id(module)) for name, module in base.named_modules()] == before
+        return
+    model = fim_model(base, target_modules=targets)
+    model.peft_config["default"].fim_config.init_lora_weights = init
+    before, weights = state_of(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        initialize_lora_fim_ranks(model, iter(lambda: pytest.fail("data was read"), None), show_progress_bar=False)
+    assert state_of(model) == before
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_a_failure_in_the_middle_puts_base_weights_back():

@@ -135,7 +135,7 @@ def _checked(
     config = awaiting_config(model, adapter_name)
     _require_own_config(model, adapter_name, config)
     layers = adapter_layers(model, adapter_name)
-    require_resizable(model, layers)
+    require_resizable(model, layers, config)
     with_eva = config.fim_config.init_lora_weights == "eva"
     if with_eva:
         require_eva(model, layers)
@@ -184,8 +184,9 @@ def get_fim_scores(
 
     Raises:
         ValueError: If `peft_config` is missing, not a LoRA config or has `layer_replication` for a model without
-            adapters; if the adapter does not exist or nothing is targeted; if the dataloader is empty or its
-            batches give no usable loss.
+            adapters; if the adapter does not exist or nothing is targeted; if `peft_config` awaits its ranks and PEFT
+            does not have its initialisation for a layer; if the dataloader is empty or its batches give no usable
+            loss.
         RuntimeError: If no batch had finite gradients, the eFIM of every layer is zero, or another process failed.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
     """

@@ -288,16 +288,37 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return layers
 
 
-def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """Refuse an adapter whose weights are divided among processes, because no wrapper lets them change their shape.
+def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config: LoraConfig) -> None:
+    """Refuse an adapter that cannot get other ranks.
 
     Args:
         model: The model.
         layers: Name to LoRA layer of the adapter.
+        config: The adapter's config.
 
     Raises:
-        ValueError: If the adapter is sharded. It names a layer.
+        ValueError: If PEFT does not have the initialisation for a layer, or if the adapter's weights are divided among
+            processes.
     """
+    base_layers = {name: cast(Any, layer).get_base_layer() for name, layer in layers.items()}
+    _require_initialisation(base_layers, final_initialisation(config))
+    _require_unsharded(model, layers)
+
+
+def _require_initialisation(base_layers: Mapping[str, nn.Module], init_lora_weights: bool | str) -> None:
+    """PEFT itself refuses convolutions, but initialises an embedding in silence as if nothing had been asked for."""
+    if not isinstance(init_lora_weights, str) or not init_lora_weights.startswith(("pissa", "olora", "orthogonal")):
+        return
+    embeddings = [name for name, layer in base_layers.items() if isinstance(layer, nn.Embedding)]
+    if embeddings:
+        raise ValueError(
+            f"PEFT has no init_lora_weights={init_lora_weights!r} for layer {embeddings[0]!r}, an embedding: take it "
+            "out of `target_modules`, or use another initialisation."
+        )
+
+
+def _require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """No wrapper lets what it has divided among processes change its shape."""
     in_fsdp1 = _in_fsdp1(model)
     sharded = [
         name
@@ -337,7 +358,8 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
 
     Raises:
         TypeError: If a layer's class is not supported.
-        ValueError: If PEFT finds nothing to adapt or ties adapters, or the config is not a LoRA config.
+        ValueError: If PEFT finds nothing to adapt or ties adapters, the config is not a LoRA config, or it awaits its
+            ranks and PEFT does not have its initialisation for a layer.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_config must be a LoraConfig, got {type(config).__name__}.")
@@ -345,6 +367,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # whose names a regular expression must match whole
+    init_lora_weights = final_initialisation(config) if awaits_ranks(config) else True
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     config.use_dora = False
@@ -372,6 +395,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
         )
     originals = {id(clone): original for original, clone in clones.values()}
     targets = {name: target_layer(name, layer) for name, layer in adapter_layers(skeleton, "default").items()}
+    _require_initialisation({name: target.module for name, target in targets.items()}, init_lora_weights)
     if flattened:
         _require_parameters(config, targets)
     return {name: dataclasses.replace(target, module=originals[id(target.module)]) for name, target in targets.items()}
