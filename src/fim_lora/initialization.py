@@ -82,8 +82,8 @@ def initialize_lora_fim_ranks(
             `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds cannot be
             satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
             initialisation for a layer, or could not load the adapter without the layers of rank 0; if the model is
-            wrapped, its adapter sharded, or its config object that of another adapter; if `fim_scores` differ between
-            processes; or if PiSSA or OLoRA would change an offloaded weight.
+            wrapped, its adapter sharded, an adapter merged, or its config object that of another adapter; if
+            `fim_scores` differ between processes; or if PiSSA or OLoRA would change an offloaded weight.
         RuntimeError: If no batch was seen, no batch had finite gradients, the eFIM of every layer is zero, or another
             process failed.
         TypeError: If a layer's class is not supported, the forward pass returns no loss, or PEFT cannot initialise a
@@ -184,9 +184,9 @@ def get_fim_scores(
 
     Raises:
         ValueError: If `peft_config` is missing, not a LoRA config or has `layer_replication` for a model without
-            adapters; if the adapter does not exist or nothing is targeted; if `peft_config` awaits its ranks and PEFT
-            does not have its initialisation for a layer; if the dataloader is empty or its batches give no usable
-            loss.
+            adapters; if the adapter does not exist, nothing is targeted, or an adapter is merged; if `peft_config`
+            awaits its ranks and PEFT does not have its initialisation for a layer; if the dataloader is empty or
+            its batches give no usable loss.
         RuntimeError: If no batch had finite gradients, the eFIM of every layer is zero, or another process failed.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
     """

@@ -297,11 +297,12 @@ def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config:
         config: The adapter's config.
 
     Raises:
-        ValueError: If PEFT does not have the initialisation for a layer, or if the adapter's weights are divided among
-            processes.
+        ValueError: If PEFT does not have the initialisation for a layer, if adapters are merged, or if the adapter's
+            weights are divided among processes.
     """
     base_layers = {name: cast(Any, layer).get_base_layer() for name, layer in layers.items()}
     _require_initialisation(base_layers, final_initialisation(config))
+    require_unmerged(model)
     _require_unsharded(model, layers)
 
 
@@ -315,6 +316,33 @@ def _require_initialisation(base_layers: Mapping[str, nn.Module], init_lora_weig
             f"PEFT has no init_lora_weights={init_lora_weights!r} for layer {embeddings[0]!r}, an embedding: take it "
             "out of `target_modules`, or use another initialisation."
         )
+
+
+def require_unmerged(model: nn.Module) -> None:
+    """Refuse a model with merged adapters.
+
+    A merged layer that gets a new A and B would keep the update by the old ones in its base weight for good. And
+    where adapters are disabled, PEFT takes merged ones out of the base weight, and does not put them back.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If an adapter is merged. It names the adapters and a layer.
+    """
+    merged = {
+        name_in_base_model(without_wrappers(name)): module.merged_adapters
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and module.merged_adapters
+    }
+    if not merged:
+        return
+    adapters = sorted({adapter for adapters in merged.values() for adapter in adapters})
+    others = f" and {len(merged) - 1} more" if len(merged) > 1 else ""
+    raise ValueError(
+        f"Adapters {adapters} are merged into the base weights of layer {next(iter(merged))!r}{others}, which can be "
+        "neither calibrated nor given other ranks in this state: call `unmerge_adapter()` first."
+    )
 
 
 def _require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
@@ -450,7 +478,11 @@ def lora_layers_disabled(model: nn.Module) -> Iterator[None]:
 
     Yields:
         Nothing.
+
+    Raises:
+        ValueError: If an adapter is merged, because PEFT would take it out of the base weights for good.
     """
+    require_unmerged(model)
     modules = list(model.modules())
     estimators = [
         (estimator, estimator.paused)
