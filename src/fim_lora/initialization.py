@@ -82,8 +82,9 @@ def initialize_lora_fim_ranks(
             `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds cannot be
             satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
             initialisation for a layer, or could not load the adapter without the layers of rank 0; if the model is
-            wrapped, its adapter sharded, an adapter merged, or its config object that of another adapter; if
-            `fim_scores` differ between processes; or if PiSSA or OLoRA would change an offloaded weight.
+            wrapped, its adapter sharded, an adapter merged, or its config object that of another adapter; if the
+            config asks for KaSA, BD-LoRA or Arrow; if `fim_scores` differ between processes; or if PiSSA or OLoRA
+            would change an offloaded weight.
         RuntimeError: If no batch was seen, no batch had finite gradients, the eFIM of every layer is zero, or another
             process failed.
         TypeError: If a layer's class is not supported, the forward pass returns no loss, or PEFT cannot initialise a

@@ -211,7 +211,8 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
         if not awaits_ranks(config):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
             return
-        # Before anything is changed: a layer without a defined eFIM raises here.
+        # Before anything is changed: what cannot be resized, and a layer without a defined eFIM, raise here.
+        _require_resizable_form(config)
         resolve_targets(model, config)
         with _presented_as(config, True):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
@@ -288,6 +289,22 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return layers
 
 
+# Fields of `LoraConfig` with which a layer cannot get another rank once it is built, and why. Older versions of PEFT
+# do not have all of them.
+_NOT_RESIZABLE = {
+    "kasa_config": (
+        "KaSA cuts the smallest r singular values off the base weights as soon as the adapter is created, and would "
+        "cut off more of them for another rank. Call `get_fim_scores` on the plain model, and create the adapter with "
+        "the config that `RankAllocation.from_scores(scores, config).to_lora_config(config)` returns"
+    ),
+    "use_bdlora": (
+        "the blocks of BD-LoRA have to divide every rank, and PEFT chooses them by a name that a layer does not know "
+        "any more once it is built. Leave it out"
+    ),
+    "arrow_config": "a router of Arrow mixes other adapters, and its own A and B are never used. Leave it out",
+}
+
+
 def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config: LoraConfig) -> None:
     """Refuse an adapter that cannot get other ranks.
 
@@ -297,13 +314,20 @@ def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config:
         config: The adapter's config.
 
     Raises:
-        ValueError: If PEFT does not have the initialisation for a layer, if adapters are merged, or if the adapter's
-            weights are divided among processes.
+        ValueError: If the config asks for a form of LoRA that cannot be resized, or for an initialisation that PEFT
+            does not have for a layer; if adapters are merged; or if the adapter's weights are divided among processes.
     """
+    _require_resizable_form(config)
     base_layers = {name: cast(Any, layer).get_base_layer() for name, layer in layers.items()}
     _require_initialisation(base_layers, final_initialisation(config))
     require_unmerged(model)
     _require_unsharded(model, layers)
+
+
+def _require_resizable_form(config: LoraConfig) -> None:
+    for field, reason in _NOT_RESIZABLE.items():
+        if getattr(config, field, None) is not None:
+            raise ValueError(f"{field} does not go together with init_lora_weights='fim': {reason}.")
 
 
 def _require_initialisation(base_layers: Mapping[str, nn.Module], init_lora_weights: bool | str) -> None:
