@@ -1,12 +1,20 @@
 """`initialize_lora_fim_ranks` and `get_fim_scores` on real PEFT models."""
 
 import copy
+import inspect
 import math
 import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_eva_state_dict,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    inject_adapter_in_model,
+)
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import BatchEncoding
@@ -120,6 +128,17 @@ def test_forward_fn_decides_the_loss():
     for name in plain.ranks:
         assert tripled.scores[name].mean == pytest.approx(9 * plain.scores[name].mean, rel=1e-5)
     assert tripled.ranks == plain.ranks
+
+
+def test_arguments_come_in_the_order_of_those_of_eva():
+    for ours, of_eva in (
+        (get_fim_scores, get_eva_state_dict),
+        (initialize_lora_fim_ranks, initialize_lora_eva_weights),
+    ):
+        names, names_of_eva = (list(inspect.signature(function).parameters) for function in (ours, of_eva))
+        shared = [name for name in names_of_eva if name in names]
+        assert [name for name in names if name in names_of_eva] == shared
+        assert {"model", "dataloader", "forward_fn", "adapter_name", "show_progress_bar"} <= set(shared)
 
 
 def test_trained_modules_to_save_are_part_of_the_loss():
@@ -543,6 +562,43 @@ def test_a_failure_while_layers_are_rebuilt_leaves_no_trace(monkeypatch):
     assert state_of(model) == before
     assert torch.equal(logits(model), output)
     initialize_lora_fim_ranks(model)
+
+
+MERGED_CALLS = {
+    "own loop": lambda model: initialize_lora_fim_ranks(model),
+    "dataloader": lambda model: initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False),
+    "given scores": lambda model: initialize_lora_fim_ranks(model, fim_scores=ONES),
+    "scores": lambda model: get_fim_scores(model, lm_batches(), show_progress_bar=False),
+}
+
+
+@pytest.mark.parametrize("merged", ["default", "other"])
+@pytest.mark.parametrize("call", MERGED_CALLS)
+def test_merged_adapters_are_refused(call, merged):
+    """The truth is a model in which nothing was ever merged."""
+
+    def make():
+        model = fim_model()
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj", "o_proj"]))
+        run_own_loop(model)
+        randomise(model)
+        return model
+
+    model = make()
+    model.merge_adapter([merged])
+    before, weights = state_of(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=rf"\['{merged}'\] are merged .* 'model\.layers\.0\..*unmerge_adapter\(\)"):
+        MERGED_CALLS[call](model)
+    assert state_of(model) == before
+    assert model.base_model.model.model.layers[0].self_attn.v_proj.merged_adapters == [merged]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    model.unmerge_adapter()
+    result, expected = MERGED_CALLS[call](model), MERGED_CALLS[call](untouched := make())
+    for one, other in zip(*(getattr(found, "scores", found).values() for found in (result, expected)), strict=True):
+        assert one.mean == pytest.approx(other.mean, rel=1e-4)
+    torch.testing.assert_close(logits(model), logits(untouched), rtol=1e-4, atol=1e-4)
+    if call != "scores":
+        torch.testing.assert_close(logits(model), logits(llama()), rtol=1e-4, atol=1e-4)
 
 
 def test_only_an_adapter_that_waits_is_allocated():

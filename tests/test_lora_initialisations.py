@@ -1,6 +1,9 @@
 """Ranks from the eFIM, directions from every initialisation that PEFT has for them."""
 
 import copy
+import dataclasses
+import json
+import warnings
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from transformers import BatchEncoding
 
 from fim_lora import FimConfig, RankAllocation, allocate_ranks, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.calibration import forward_fn_default
-from test_initialization import fim_lora_config, fim_model, logits, randomise
+from test_initialization import fim_lora_config, fim_model, logits, randomise, state_of
 from test_stock_peft import stock
 from tiny_models import bert, class_batch, gpt2, llama, lm_batches, token_batch
 
@@ -174,6 +177,30 @@ def test_eva_with_given_scores_and_a_layer_that_it_does_not_know():
     assert embedding.lora_embedding_B["default"].any()
 
 
+@pytest.mark.parametrize("eva_config", [None, EvaConfig(tau=0.9)])
+def test_eva_warns_of_nothing_and_leaves_nothing_in_the_config(tmp_path, eva_config):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = fim_lora_config(init_lora_weights="eva", eva_config=eva_config, task_type="CAUSAL_LM")
+        assert dataclasses.replace(config, r=4).eva_config == config.eva_config == eva_config
+    model = get_peft_model(llama(), config)
+    for folder in (tmp_path / "before", tmp_path / "after"):
+        model.save_pretrained(folder)
+        assert json.loads((folder / "adapter_config.json").read_text())["eva_config"] is None
+        if folder.name == "before":
+            assert model.peft_config["default"].eva_config == eva_config
+            initialize_lora_fim_ranks(model, eva_batches(), show_progress_bar=False)
+    assert model.peft_config["default"].eva_config is None
+    torch.save(logits(model), tmp_path / "logits.pt")
+    stock(f"""
+        for folder in ("before", "after"):
+            model = PeftModel.from_pretrained(llama(), {str(tmp_path)!r} + "/" + folder).eval()
+            with torch.no_grad():
+                logits = model(**token_batch()).logits
+            torch.testing.assert_close(logits, torch.load({str(tmp_path / "logits.pt")!r}), rtol=1e-5, atol=1e-5)
+    """)
+
+
 def test_eva_needs_data_and_a_model_of_peft():
     model = fim_model(init_lora_weights="eva")
     for batch in lm_batches():
@@ -240,6 +267,27 @@ def test_what_peft_refuses_leaves_model_and_base_weights_as_they_were(init):
     assert model.base_model.model.linear.r == {"default": 2}
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_8", "olora", "orthogonal"])
+@pytest.mark.parametrize("chosen_later", [False, True])
+def test_embeddings_are_refused_before_anything_is_changed(init, chosen_later):
+    """PEFT would give them the default initialisation in silence."""
+    base, targets = llama(), ("q_proj", "embed_tokens")
+    message = f"init_lora_weights='{init}' for layer 'model.embed_tokens', an embedding"
+    if not chosen_later:
+        before = [(name, id(module)) for name, module in base.named_modules()]
+        with pytest.raises(ValueError, match=message):
+            fim_model(base, target_modules=targets, init_lora_weights=init)
+        assert [(name, id(module)) for name, module in base.named_modules()] == before
+        return
+    model = fim_model(base, target_modules=targets)
+    model.peft_config["default"].fim_config.init_lora_weights = init
+    before, weights = state_of(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        initialize_lora_fim_ranks(model, iter(lambda: pytest.fail("data was read"), None), show_progress_bar=False)
+    assert state_of(model) == before
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
 def test_a_failure_in_the_middle_puts_base_weights_back():
     model = fim_model(gpt2(), target_modules=("c_attn", "c_fc"), init_lora_weights="olora")
     before = copy.deepcopy(model.state_dict())
@@ -249,9 +297,11 @@ def test_a_failure_in_the_middle_puts_base_weights_back():
         assert torch.equal(value, before[name]), name
 
 
-def test_peft_refuses_at_once_what_does_not_go_together():
+# With EVA, B would have a random bias.
+@pytest.mark.parametrize("init", ["pissa", "eva"])
+def test_peft_refuses_at_once_what_does_not_go_together(init):
     with pytest.raises(ValueError, match="lora_bias=True is only supported with init_lora_weights=True or False"):
-        LoraConfig(init_lora_weights="fim", fim_config=FimConfig(init_lora_weights="pissa"), lora_bias=True)
+        LoraConfig(init_lora_weights="fim", fim_config=FimConfig(init_lora_weights=init), lora_bias=True)
 
 
 def test_odd_base_ranks_are_refused_for_orthogonal():

@@ -176,6 +176,42 @@ def test_calibration_leaves_the_packed_weights_alone(folder, quantisation):
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("quantisation", ["bnb int8", "bnb nf4"])
+def test_a_failure_while_olora_quantises_anew_leaves_the_weights_as_they_were(folder, quantisation, monkeypatch):
+    model = load(folder, CASES[quantisation][0]())
+    config = fim_lora_config(target_modules=TARGETS, init_lora_weights="olora", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    run_own_loop(model.train())
+    before = {name: dequantised_after_a_pass(layer.get_base_layer()) for name, layer in layers.items()}
+    parameters = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    last = list(layers.values())[-1]
+
+    def update_layer(*args, **kwargs):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(last, "update_layer", update_layer)
+    with pytest.raises(MemoryError):
+        initialize_lora_fim_ranks(model)
+    monkeypatch.undo()
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        assert base.weight is parameters[name]
+        assert torch.equal(dequantised_after_a_pass(base), before[name])
+        assert getattr(base, "quant_state", None) is getattr(base.weight, "quant_state", None)
+    with torch.no_grad():
+        output = model.train()(**lm_batches()[0]).logits
+        expected = load(folder, CASES[quantisation][0]()).train()(**lm_batches()[0]).logits
+    assert torch.equal(output, expected)
+
+
+def dequantised_after_a_pass(layer):
+    """A pass moves the statistics of int8 from the weight to the layer."""
+    if type(layer.weight).__name__ == "Int8Params" and layer.weight.SCB is None:
+        return layer.state.CB.double() * layer.state.SCB.double()[:, None] / 127
+    return dequantised(layer)
+
+
 @pytest.mark.parametrize("source", ["own loop", "dataloader"])
 def test_weights_repacked_by_an_evaluation_before_are_an_error_and_no_wrong_score(folder, source):
     if not has_inference_kernel("bnb nf4"):

@@ -304,6 +304,16 @@ def test_a_trainer_that_has_trained_is_refused(tmp_path):
     assert not (tmp_path / "fim_allocation.json").exists()
 
 
+def test_merged_adapters_are_refused(tmp_path):
+    trainer = plain_trainer(tmp_path)
+    trainer.model.merge_adapter()
+    with pytest.raises(ValueError, match=r"are merged .*unmerge_adapter\(\)"):
+        allocate(trainer)
+    assert not (tmp_path / "fim_allocation.json").exists()
+    trainer.model.unmerge_adapter()
+    allocate(trainer)
+
+
 def test_an_optimizer_of_the_user_stays_valid(tmp_path):
     torch.manual_seed(3)
     model = get_peft_model(llama(), config())

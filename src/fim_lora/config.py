@@ -24,12 +24,13 @@ class FimConfig:
             `target_modules`, as with EVA.
         r_max: Largest rank of a layer; at least 1 and `r_min`. `None` means four times the layer's base rank
             (32 for `r=8`).
-        adjust_scaling_factors: If `True`, `lora_alpha` of every layer is rescaled so that the layer keeps the
-            scaling it would have had at its base rank, as with EVA. If `False`, `lora_alpha` stays and the
-            scaling follows from the new rank.
+        adjust_scaling_factors: If `True`, `lora_alpha` of a layer whose base rank r became r_i is multiplied by
+            `r_i / r`, as with EVA, or by `sqrt(r_i / r)` with `use_rslora`, so that the layer keeps its scaling. (EVA
+            multiplies by `r_i / r` with `use_rslora`, too, and so changes the scaling there.) If `False`,
+            `lora_alpha` stays and the scaling follows from the new rank.
         budget: What stays what it was with uniform ranks: `"rank"`, the sum of ranks, or `"parameters"`, the
-            number of trainable adapter parameters. Choose `"parameters"` to compare with uniform LoRA at equal
-            size when layers differ in shape.
+            number of entries of A and B. Choose `"parameters"` to compare with uniform LoRA at equal size when layers
+            differ in shape.
         score_exponent: Ranks are proportional to `score ** score_exponent`. 1 is plain proportionality; a value
             below 1 softens the allocation; it must be positive.
         init_lora_weights: PEFT's initialisation, applied at the final ranks: `True`, `False`, `"gaussian"`,

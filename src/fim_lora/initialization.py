@@ -82,8 +82,9 @@ def initialize_lora_fim_ranks(
             `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds cannot be
             satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
             initialisation for a layer, or could not load the adapter without the layers of rank 0; if the model is
-            wrapped, its adapter sharded, or its config object that of another adapter; if `fim_scores` differ between
-            processes; or if PiSSA or OLoRA would change an offloaded weight.
+            wrapped, its adapter sharded, an adapter merged, or its config object that of another adapter; if the
+            config asks for KaSA, BD-LoRA or Arrow; if `fim_scores` differ between processes; or if PiSSA or OLoRA
+            would change an offloaded weight.
         RuntimeError: If no batch was seen, no batch had finite gradients, the eFIM of every layer is zero, or another
             process failed.
         TypeError: If a layer's class is not supported, the forward pass returns no loss, or PEFT cannot initialise a
@@ -104,6 +105,8 @@ def initialize_lora_fim_ranks(
     _require_same_ranks(allocation)
     base_config = copy.copy(config)
     base_config.init_lora_weights = final_initialisation(config)
+    if with_eva:
+        base_config.eva_config = None  # used up, and PEFT would warn of it whenever the adapter is loaded
     new_config = allocation.to_lora_config(base_config)
     verify_patterns(new_config, allocation)
     directions = None
@@ -133,7 +136,7 @@ def _checked(
     config = awaiting_config(model, adapter_name)
     _require_own_config(model, adapter_name, config)
     layers = adapter_layers(model, adapter_name)
-    require_resizable(model, layers)
+    require_resizable(model, layers, config)
     with_eva = config.fim_config.init_lora_weights == "eva"
     if with_eva:
         require_eva(model, layers)
@@ -161,8 +164,8 @@ def get_fim_scores(
     model: nn.Module,
     dataloader: Iterable[Any],
     peft_config: LoraConfig | None = None,
-    adapter_name: str = "default",
     forward_fn: ForwardFn | None = None,
+    adapter_name: str = "default",
     show_progress_bar: bool = True,
 ) -> FimScores:
     """The eFIM score of every layer that a LoRA adapter targets, without changing anything.
@@ -173,8 +176,8 @@ def get_fim_scores(
         dataloader: Yields batches, see `initialize_lora_fim_ranks`.
         peft_config: Needed for a model without adapters. Its `fim_config` says how many batches to use; without
             one, the default of `FimConfig` holds.
-        adapter_name: The adapter whose layers are scored, if the model has adapters.
         forward_fn: See `initialize_lora_fim_ranks`.
+        adapter_name: The adapter whose layers are scored, if the model has adapters.
         show_progress_bar: Whether to show one.
 
     Returns:
@@ -182,8 +185,9 @@ def get_fim_scores(
 
     Raises:
         ValueError: If `peft_config` is missing, not a LoRA config or has `layer_replication` for a model without
-            adapters; if the adapter does not exist or nothing is targeted; if the dataloader is empty or its
-            batches give no usable loss.
+            adapters; if the adapter does not exist, nothing is targeted, or an adapter is merged; if `peft_config`
+            awaits its ranks and PEFT does not have its initialisation for a layer; if the dataloader is empty or
+            its batches give no usable loss.
         RuntimeError: If no batch had finite gradients, the eFIM of every layer is zero, or another process failed.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
     """

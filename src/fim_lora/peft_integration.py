@@ -22,7 +22,8 @@ from typing import Any, cast
 
 import peft
 import torch
-from peft import LoraConfig, PeftModel
+from peft import EvaConfig, LoraConfig, PeftModel
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -117,8 +118,7 @@ def _extend_lora_config() -> None:
             raise TypeError(f"`fim_config` must be a FimConfig, a dict or None, got {self.fim_config!r}.")
         if awaits_ranks(self):
             self.fim_config = self.fim_config or FimConfig()
-        # With the initialisation that is to come, so that PEFT refuses now what does not go with it.
-        with _presented_as(self, final_initialisation(self)):
+        with _presented_as_it_will_be(self):
             plain_post_init(self)
         if self.fim_config is not None and not awaits_ranks(self):
             warnings.warn(
@@ -131,6 +131,8 @@ def _extend_lora_config() -> None:
         with _presented_as(self, True):
             content = plain_to_dict(self)
         content.pop("fim_config", None)
+        if awaits_ranks(self):
+            content["eva_config"] = None  # of which PEFT would warn whenever it is read
         return content
 
     LoraConfig.__init__ = extended.__init__  # type: ignore[misc]
@@ -183,6 +185,24 @@ def _presented_as(config: LoraConfig, init_lora_weights: bool | str) -> Iterator
         config.init_lora_weights = "fim"
 
 
+@contextmanager
+def _presented_as_it_will_be(config: LoraConfig) -> Iterator[None]:
+    """Show PEFT the initialisation that is to come, so that it refuses now what does not go with it."""
+    if not awaits_ranks(config):
+        yield
+        return
+    chosen = config.fim_config.init_lora_weights
+    lacks_eva_config = chosen == "eva" and config.eva_config is None
+    if lacks_eva_config:
+        config.eva_config = EvaConfig()  # else PEFT warns that it takes this one
+    try:
+        with _presented_as(config, chosen):
+            yield
+    finally:
+        if lacks_eva_config:
+            config.eva_config = None
+
+
 def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
     def watching_inject_adapter(
         self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -191,7 +211,8 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
         if not awaits_ranks(config):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
             return
-        # Before anything is changed: a layer without a defined eFIM raises here.
+        # Before anything is changed: what cannot be resized, and a layer without a defined eFIM, raise here.
+        _require_resizable_form(config)
         resolve_targets(model, config)
         with _presented_as(config, True):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
@@ -268,16 +289,88 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return layers
 
 
-def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """Refuse an adapter whose weights are divided among processes, because no wrapper lets them change their shape.
+# Fields of `LoraConfig` with which a layer cannot get another rank once it is built, and why. Older versions of PEFT
+# do not have all of them.
+_NOT_RESIZABLE = {
+    "kasa_config": (
+        "KaSA cuts the smallest r singular values off the base weights as soon as the adapter is created, and would "
+        "cut off more of them for another rank. Call `get_fim_scores` on the plain model, and create the adapter with "
+        "the config that `RankAllocation.from_scores(scores, config).to_lora_config(config)` returns"
+    ),
+    "use_bdlora": (
+        "the blocks of BD-LoRA have to divide every rank, and PEFT chooses them by a name that a layer does not know "
+        "any more once it is built. Leave it out"
+    ),
+    "arrow_config": "a router of Arrow mixes other adapters, and its own A and B are never used. Leave it out",
+}
+
+
+def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config: LoraConfig) -> None:
+    """Refuse an adapter that cannot get other ranks.
 
     Args:
         model: The model.
         layers: Name to LoRA layer of the adapter.
+        config: The adapter's config.
 
     Raises:
-        ValueError: If the adapter is sharded. It names a layer.
+        ValueError: If the config asks for a form of LoRA that cannot be resized, or for an initialisation that PEFT
+            does not have for a layer; if adapters are merged; or if the adapter's weights are divided among processes.
     """
+    _require_resizable_form(config)
+    base_layers = {name: cast(Any, layer).get_base_layer() for name, layer in layers.items()}
+    _require_initialisation(base_layers, final_initialisation(config))
+    require_unmerged(model)
+    _require_unsharded(model, layers)
+
+
+def _require_resizable_form(config: LoraConfig) -> None:
+    for field, reason in _NOT_RESIZABLE.items():
+        if getattr(config, field, None) is not None:
+            raise ValueError(f"{field} does not go together with init_lora_weights='fim': {reason}.")
+
+
+def _require_initialisation(base_layers: Mapping[str, nn.Module], init_lora_weights: bool | str) -> None:
+    """PEFT itself refuses convolutions, but initialises an embedding in silence as if nothing had been asked for."""
+    if not isinstance(init_lora_weights, str) or not init_lora_weights.startswith(("pissa", "olora", "orthogonal")):
+        return
+    embeddings = [name for name, layer in base_layers.items() if isinstance(layer, nn.Embedding)]
+    if embeddings:
+        raise ValueError(
+            f"PEFT has no init_lora_weights={init_lora_weights!r} for layer {embeddings[0]!r}, an embedding: take it "
+            "out of `target_modules`, or use another initialisation."
+        )
+
+
+def require_unmerged(model: nn.Module) -> None:
+    """Refuse a model with merged adapters.
+
+    A merged layer that gets a new A and B would keep the update by the old ones in its base weight for good. And
+    where adapters are disabled, PEFT takes merged ones out of the base weight, and does not put them back.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If an adapter is merged. It names the adapters and a layer.
+    """
+    merged = {
+        name_in_base_model(without_wrappers(name)): module.merged_adapters
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and module.merged_adapters
+    }
+    if not merged:
+        return
+    adapters = sorted({adapter for adapters in merged.values() for adapter in adapters})
+    others = f" and {len(merged) - 1} more" if len(merged) > 1 else ""
+    raise ValueError(
+        f"Adapters {adapters} are merged into the base weights of layer {next(iter(merged))!r}{others}, which can be "
+        "neither calibrated nor given other ranks in this state: call `unmerge_adapter()` first."
+    )
+
+
+def _require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """No wrapper lets what it has divided among processes change its shape."""
     in_fsdp1 = _in_fsdp1(model)
     sharded = [
         name
@@ -317,7 +410,8 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
 
     Raises:
         TypeError: If a layer's class is not supported.
-        ValueError: If PEFT finds nothing to adapt or ties adapters, or the config is not a LoRA config.
+        ValueError: If PEFT finds nothing to adapt or ties adapters, the config is not a LoRA config, or it awaits its
+            ranks and PEFT does not have its initialisation for a layer.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_config must be a LoraConfig, got {type(config).__name__}.")
@@ -325,6 +419,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # whose names a regular expression must match whole
+    init_lora_weights = final_initialisation(config) if awaits_ranks(config) else True
     config = copy.deepcopy(config)
     config.init_lora_weights = True
     config.use_dora = False
@@ -352,6 +447,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
         )
     originals = {id(clone): original for original, clone in clones.values()}
     targets = {name: target_layer(name, layer) for name, layer in adapter_layers(skeleton, "default").items()}
+    _require_initialisation({name: target.module for name, target in targets.items()}, init_lora_weights)
     if flattened:
         _require_parameters(config, targets)
     return {name: dataclasses.replace(target, module=originals[id(target.module)]) for name, target in targets.items()}
@@ -406,7 +502,11 @@ def lora_layers_disabled(model: nn.Module) -> Iterator[None]:
 
     Yields:
         Nothing.
+
+    Raises:
+        ValueError: If an adapter is merged, because PEFT would take it out of the base weights for good.
     """
+    require_unmerged(model)
     modules = list(model.modules())
     estimators = [
         (estimator, estimator.paused)
@@ -567,7 +667,7 @@ class _LayerState:
         self._old_parameters = self._parameters
         self._requires_grad = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         self._training = {name: module.training for name, module in self._modules.items()}
-        self._base_weight = _weight_before(layer, init_lora_weights)
+        self._base_weight = _BaseWeight.changed_by(init_lora_weights, layer)
 
     def carry_over(self) -> None:
         """Give the rebuilt adapter the device, dtype, mode, dropout and `requires_grad` of the one before."""
@@ -580,6 +680,10 @@ class _LayerState:
                 continue
             device = parameter.device if old.device.type == "meta" else old.device
             parameter.data = parameter.data.to(device=device, dtype=old.dtype)
+        for container, before in self._entries.items():
+            buffers = _container(self.layer, container)
+            if isinstance(buffers, BufferDict):
+                buffers[self._adapter_name] = buffers[self._adapter_name].to(dtype=before.dtype)
         self._set_flags()
 
     def keep_parameters(self) -> None:
@@ -601,7 +705,7 @@ class _LayerState:
         for container, entry in self._entries.items():
             getattr(self.layer, container)[self._adapter_name] = entry
         if self._base_weight is not None:
-            self.layer.get_base_layer().weight.data = self._base_weight
+            self._base_weight.restore()
         self._modules, self._parameters = _own_parts(self.layer)
         self._set_flags()
 
@@ -651,15 +755,32 @@ def _changes_weight(init_lora_weights: bool | str) -> bool:
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
 
 
-def _weight_before(layer: Any, init_lora_weights: bool | str) -> torch.Tensor | None:
-    """The base weight, if the initialisation takes the adapter out of it."""
-    if not _changes_weight(init_lora_weights):
-        return None
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    if weight is None:
-        return None
-    # OLoRA subtracts in place.
-    return weight.data.clone() if init_lora_weights == "olora" else weight.data
+@dataclasses.dataclass
+class _BaseWeight:
+    """What a base weight was before an initialisation took the adapter out of it."""
+
+    base_layer: Any
+    parameter: nn.Parameter
+    values: torch.Tensor
+    quant_state: Any
+
+    @classmethod
+    def changed_by(cls, init_lora_weights: bool | str, layer: Any) -> _BaseWeight | None:
+        base_layer = layer.get_base_layer()
+        parameter = base_layer._parameters.get("weight")
+        if parameter is None or not _changes_weight(init_lora_weights):
+            return None
+        values = parameter.data
+        if init_lora_weights == "olora" and values.dtype == torch.float32:
+            values = values.clone()  # from which OLoRA subtracts in place
+        return cls(base_layer, parameter, values, getattr(base_layer, "quant_state", None))
+
+    def restore(self) -> None:
+        # OLoRA gives a layer of bitsandbytes another parameter, which holds other statistics of the quantisation.
+        self.base_layer.weight = self.parameter
+        self.parameter.data = self.values
+        if hasattr(self.base_layer, "quant_state"):
+            self.base_layer.quant_state = self.quant_state
 
 
 def _require_droppable(
@@ -736,7 +857,7 @@ def _forget_targets(model: nn.Module, dropped: Iterable[str]) -> None:
 def _container(layer: LoraLayer, name: str) -> Any:
     """One of PEFT's per-adapter dictionaries of a layer; some attributes listed beside them are none."""
     container = getattr(layer, name, None)
-    return container if isinstance(container, (dict, nn.ModuleDict, nn.ParameterDict)) else {}
+    return container if isinstance(container, (dict, nn.ModuleDict, nn.ParameterDict, BufferDict)) else {}
 
 
 def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:

@@ -125,7 +125,12 @@ class RankAllocation:
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters of the adapter: `Σ r_i c_i`, with what a rank of each layer costs."""
+        """Entries of A and B over all layers: `Σ r_i c_i`, with c_i = d_in + d_out for a linear layer.
+
+        What is trained beside A and B is not counted: biases (`bias`, `lora_bias`), the magnitudes of DoRA and other
+        vectors of variants of LoRA, `modules_to_save` and `trainable_token_indices`. QALoRA's A, which is narrower by
+        its group size, counts at full width.
+        """
         return budget_of(self.ranks, "parameters", self.scores.parameters_per_rank)
 
     def to_lora_config(self, base_config: LoraConfig, *, serving: bool = False) -> LoraConfig:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .calibration import calibrate
 from .distributed import gathered, is_main_process, together
 from .initialization import awaiting_config, initialize_lora_fim_ranks
-from .peft_integration import adapter_layers, lora_layers_disabled
+from .peft_integration import adapter_layers, lora_layers_disabled, require_unmerged
 from .rank_allocation import RankAllocation
 from .scores import FimScores
 
@@ -66,6 +66,7 @@ def initialize_lora_fim_ranks_for_trainer(
     model = trainer.model
     config = awaiting_config(model, adapter_name)
     _require_beginning(trainer)
+    require_unmerged(model)
     with _batches(trainer) as batches, _metrics_kept(trainer):
         if resume_from_checkpoint:
             scores = together(lambda: _scores_before(_folder_of(trainer, resume_from_checkpoint), config))
