@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import test_trainers
 from fim_lora import FimConfig, RankAllocation, get_fim_scores, initialize_lora_fim_ranks
-from test_layer_types import WIDTH, Experts
+from test_layer_types import WIDTH, Experts, Router
 from tiny_models import llama, token_batch
 
 # Unequal sizes and unequal numbers. The first process has more.
@@ -251,21 +251,22 @@ class Various(nn.Module):
         self.convolution = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=2)
         self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
         self.linear = nn.Linear(WIDTH, WIDTH)
-        self.router, self.experts = nn.Linear(WIDTH, 3), Experts(3)
+        self.router, self.experts = Router(3), Experts(3)
 
     def forward(self, ids):
         x = self.convolution(self.embedding(ids).mT).mT
         x = self.linear(x + self.attention(x, x, x, need_weights=False)[0])
         hidden = x.flatten(0, 1)
-        weights, index = self.router(hidden).softmax(-1).topk(2)
-        return {"loss": self.experts(hidden, index, weights).square().flatten(1).sum(1).mean()}
+        logits, weights, index = self.router(hidden)
+        y = self.experts(hidden, index, weights) + logits.sum(-1, keepdim=True)
+        return {"loss": y.square().flatten(1).sum(1).mean()}
 
 
 def various_config(parameters=True):
     return LoraConfig(
         r=2,
         target_modules=["embedding", "convolution", "attention", "linear"],
-        target_parameters=["experts.up", "experts.down"] if parameters else None,
+        target_parameters=["experts.up", "experts.down", "router.weight"] if parameters else None,
     )
 
 
@@ -280,7 +281,7 @@ def scores_of_various(model, seeds, parameters=True):
 @case
 def fsdp2_of_every_layer_type(rank):
     model = Various().double()
-    for unit in (model.embedding, model.convolution, model.attention, model.linear, model.experts):
+    for unit in (model.embedding, model.convolution, model.attention, model.linear, model.router, model.experts):
         fully_shard(unit)
     return scores_of_various(fully_shard(model), [[0, 1, 2], [3]][rank])
 

@@ -98,7 +98,7 @@ def test_layers_of_every_type_when_sharded(results, case):
     model, batches = several_processes.Various().double(), several_processes.various_batches(range(4))
     config = several_processes.various_config(parameters=case.startswith("fsdp2"))
     whole = get_fim_scores(model, batches, config, show_progress_bar=False)
-    assert len(whole) == (6 if case.startswith("fsdp2") else 4)
+    assert len(whole) == (7 if case.startswith("fsdp2") else 4)
     for found in outcome(results, case):
         assert_same_scores(found, whole)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +18,7 @@ from fim_lora.calibration import calibrate
 from fim_lora.estimator import FisherEstimator
 from fim_lora.gradient_norms import embedding_squared_norms
 from fim_lora.layer_types import target_layer
+from fim_lora.peft_integration import resolve_targets
 
 WIDTH, CHANNELS, IDS = 6, 4, 11
 
@@ -596,3 +598,168 @@ def test_half_precision_experts_keep_small_gradients():
         (gradient,) = torch.autograd.grad(y, weight, g[row : row + 1].double() * 6)
         values.append(gradient.square().mean())
     assert estimator.scores()["down"].mean == pytest.approx(torch.stack(values).mean().item(), rel=0.01)
+
+
+# --- Parameters of modules with several outputs, such as the router of a mixture ---
+
+
+class Router(nn.Module):
+    """Logits, the scores that are made of them, and which experts they are for, as in transformers."""
+
+    def __init__(self, experts, kind=tuple):
+        super().__init__()
+        self.weight, self.kind = nn.Parameter(torch.randn(experts, WIDTH)), kind
+
+    def forward(self, hidden):
+        logits = F.linear(hidden, self.weight)
+        scores, index = logits.softmax(-1).topk(2)
+        outputs = {"logits": logits, "scores": scores / scores.sum(-1, keepdim=True), "index": index}
+        return outputs if self.kind is dict else self.kind(outputs.values())
+
+
+class RoutedMixture(nn.Module):
+    """Chosen outputs of the router get gradients; it is called once or twice, checkpointed or not."""
+
+    def __init__(self, uses=("scores",), calls=1, reentrant=None, kind=tuple):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.experts = nn.Linear(WIDTH, WIDTH), Experts(3)
+        self.router = Router(3, kind)
+        self.uses, self.calls, self.reentrant = uses, calls, reentrant
+
+    def block(self, h):
+        outputs = self.router(h.flatten(0, 1))
+        logits, scores, index = outputs.values() if isinstance(outputs, dict) else outputs
+        y = torch.zeros_like(h)
+        if "scores" in self.uses:
+            y = y + self.experts(h.flatten(0, 1), index, scores).view_as(h)
+        if "logits" in self.uses:
+            y = y + logits.square().sum(-1).view(*h.shape[:2], 1)
+        if "in place" in self.uses:
+            y = y + logits.mul_(2).exp_().sum(-1).view(*h.shape[:2], 1) * scores.neg_().prod(-1).view(*h.shape[:2], 1)
+        return torch.tanh(y)
+
+    def forward(self, x, target):
+        h = torch.tanh(self.first(x))
+        for _ in range(self.calls):
+            if self.reentrant is None:
+                h = h + self.block(h)
+            else:
+                h = h + checkpoint(self.block, h, use_reentrant=self.reentrant)
+        return {"loss": (h - target[:, None, None]).square().flatten(1).sum(1).mean()}
+
+
+ROUTED = ["router.weight", *TARGETS]
+
+
+def assert_routed(scores, batches, names=ROUTED, **options):
+    for name in names:
+        assert_score(scores[name], per_example_truth(RoutedMixture(**options), batches, [name], by_row), rtol=1e-4)
+
+
+@pytest.mark.parametrize("upstream", [False, True])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("uses", [("scores",), ("logits",), ("scores", "logits"), ("in place",)], ids="-".join)
+def test_all_outputs_with_a_gradient_count(uses, calls, upstream):
+    """Logits that get a gradient of their own and through the scores, with a graph that begins before or behind."""
+    batches = batches_of(floats(7, WIDTH))
+    names = ["router.weight", *(TARGETS if "scores" in uses else [])]
+    config = LoraConfig(target_modules=["first"] if upstream else [], target_parameters=names)
+    model = RoutedMixture(uses, calls)
+    scores = get_fim_scores(model, batches, config, show_progress_bar=False)
+    assert_routed(scores, batches, names, uses=uses, calls=calls)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_outputs_in_any_container(kind):
+    batches = batches_of(floats(7, WIDTH))
+    config = LoraConfig(target_modules=["first"], target_parameters=["router.weight"])
+    model = RoutedMixture(("scores", "logits"), kind=kind)
+    scores = get_fim_scores(model, batches, config, show_progress_bar=False)
+    assert_routed(scores, batches, ["router.weight"], uses=("scores", "logits"))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_router_in_a_loop_of_your_own(reentrant, calls):
+    batches, uses = batches_of(floats(7, WIDTH)), ("scores", "logits")
+    config = LoraConfig(
+        r=2,
+        target_modules=["first"],
+        target_parameters=ROUTED,
+        init_lora_weights="fim",
+        fim_config=FimConfig(2),
+    )
+    model = get_peft_model(RoutedMixture(uses, calls, reentrant), config)
+    for batch in batches:
+        model(**batch)["loss"].backward()
+    allocation = initialize_lora_fim_ranks(model)
+    assert_routed(allocation.scores, batches, uses=uses, calls=calls)
+    model(**batches[0])["loss"].backward()
+    assert model.base_model.model.router.lora_B["default"].weight.grad.any()
+
+
+def test_examples_of_two_sequences_and_several_outputs():
+    """All first sequences, then all second ones, as trainers of pairs have them."""
+    uses = ("scores", "logits")
+    batches = batches_of(floats(7, WIDTH), batch_size=6)
+    config = LoraConfig(target_modules=["first"], target_parameters=ROUTED)
+    model = RoutedMixture(uses)
+    targets = resolve_targets(model, config)
+    scores = calibrate(model, targets, batches, 2, show_progress_bar=False, sequences_per_example=2)
+
+    def by_pair(batch):
+        batch = by_type(batch)
+        return [{key: value[row::3] for key, value in batch.items()} for row in range(3)]
+
+    for name in ROUTED:
+        assert_score(scores[name], per_example_truth(RoutedMixture(uses), batches, [name], by_pair), rtol=1e-4)
+
+
+class WithMean(Router):
+    """Its last output belongs to no example."""
+
+    def forward(self, hidden):
+        logits, scores, index = super().forward(hidden)
+        return logits, scores, index, logits.square().mean()
+
+
+class MeanMixture(RoutedMixture):
+    def __init__(self, weight):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.weight = WithMean(3), weight
+
+    def forward(self, x, target):
+        h = torch.tanh(self.first(x))
+        _, scores, index, mean = self.router(h.flatten(0, 1))
+        y = torch.tanh(self.experts(h.flatten(0, 1), index, scores).view_as(h))
+        loss = (y - target[:, None, None]).square().flatten(1).sum(1).mean()
+        return {"loss": loss + self.weight * mean if self.weight else loss}
+
+
+def test_an_output_that_belongs_to_no_example():
+    batches = batches_of(floats(7, WIDTH))
+    config = LoraConfig(target_modules=["first"], target_parameters=["router.weight"])
+    scores = get_fim_scores(MeanMixture(0), batches, config, show_progress_bar=False)
+    assert_score(scores["router.weight"], per_example_truth(MeanMixture(0), batches, ["router.weight"], by_row))
+
+    with pytest.warns(UserWarning, match="could not be attributed"):
+        scores = get_fim_scores(MeanMixture(3), batches, config, show_progress_bar=False)
+    # A batch counts as one example: ‖Σ_t G_t‖² / B.
+    truth = per_example_truth(MeanMixture(3), batches, ["router.weight"], lambda batch: [by_type(batch)]) * 3
+    assert scores["router.weight"].mean == pytest.approx(truth.mean().item(), rel=1e-5)
+
+
+def test_outputs_with_a_graph_that_is_kept_for_a_second_gradient():
+    model = get_peft_model(
+        RoutedMixture(("scores", "logits")),
+        LoraConfig(
+            target_modules=[], target_parameters=["router.weight"], init_lora_weights="fim", fim_config=FimConfig(3)
+        ),
+    )
+    loss = model(**batches_of(floats(7, WIDTH))[0])["loss"]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"'router\.weight' received a second gradient"):
+        loss.backward()

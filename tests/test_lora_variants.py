@@ -19,8 +19,12 @@ from transformers import (
     ConvNextForImageClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from fim_lora import FimConfig, RankAllocation, get_fim_scores, initialize_lora_fim_ranks
@@ -43,15 +47,26 @@ COMMON = {
 }
 
 
-def mixtral():
+def mixtral(**options):
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **COMMON))
+    return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **COMMON, **options))
 
 
 def qwen_moe():
     torch.manual_seed(0)
     options = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**COMMON, **options))
+
+
+def qwen3_moe():
+    torch.manual_seed(0)
+    options = {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 6}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, **options))
+
+
+def olmoe():
+    torch.manual_seed(0)
+    return OlmoeForCausalLM(OlmoeConfig(num_experts=4, **COMMON))
 
 
 def truth_of(model, batches, weights):
@@ -105,6 +120,61 @@ def test_experts_of_transformers_and_the_way_through_stock_peft(tmp_path, make):
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=os.environ, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def in_double(model):
+    model.config._experts_implementation = "eager"  # the other kernels have no float64
+    return model.double().eval()
+
+
+def weights_of(model, names):
+    parameters = dict(model.named_parameters())
+    return {name: parameters.get(name, parameters.get(f"{name}.weight")) for name in names}
+
+
+ROUTER = "mlp.gate.weight"
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+@pytest.mark.parametrize("make", [mixtral, qwen_moe, qwen3_moe, olmoe])
+def test_routers_of_transformers(make, own_loop):
+    """They return logits, of which the model uses only what is made of them."""
+    model = get_peft_model(
+        make(), fim_lora_config(r=4, target_modules=("q_proj",), target_parameters=[ROUTER, *EXPERTS])
+    )
+    if own_loop:
+        run_own_loop(model)
+        allocation = initialize_lora_fim_ranks(model)
+    else:
+        allocation = initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+    assert sum(name.endswith(ROUTER) for name in allocation.ranks) == 2
+    double = in_double(make())
+    for name, value in truth_of(double, lm_batches(), weights_of(double, allocation.ranks)).items():
+        assert allocation.scores[name].mean == pytest.approx(value, rel=1e-4), name
+        assert allocation.scores[name].num_examples == 12
+    torch.testing.assert_close(logits(model), logits(make()))
+    randomise(model)
+    model(**token_batch()).loss.backward()
+
+
+@pytest.mark.parametrize("evaluated_before", [False, True])
+def test_a_loss_on_the_logits_of_a_router(evaluated_before):
+    """The balance of the load, where a hook of transformers keeps the logits. It is one of whole batches."""
+    batches = [token_batch(1, seed=seed) for seed in range(3)]
+    options = {"output_router_logits": True, "router_aux_loss_coef": 3.0}
+    model = mixtral(**options)
+    if evaluated_before:  # from then on the hook is there
+        logits(model)
+    config = fim_lora_config(target_modules=("q_proj",), target_parameters=[ROUTER])
+    scores = get_fim_scores(model, batches, config, show_progress_bar=False)
+    double = in_double(mixtral(**options))
+    weights = weights_of(double, scores)
+    without = truth_of(double, batches, weights)
+    for name, weight in weights.items():
+        values = [torch.autograd.grad(double(**batch).loss, weight)[0].square().mean().item() for batch in batches]
+        assert scores[name].mean == pytest.approx(sum(values) / len(values), rel=1e-4), name
+        if name.endswith(ROUTER):
+            assert scores[name].mean != pytest.approx(without[name], rel=0.01)
 
 
 @pytest.mark.parametrize("targets", [("model.embed_tokens",), ("lm_head",), ("model.embed_tokens", "lm_head")])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -106,23 +106,28 @@ class LayerCall:
     Attributes:
         args: Positional arguments; only the input, as the only one, of a layer that is not run again.
         kwargs: Keyword arguments.
-        output: The output, of a layer that is run again.
+        outputs: The outputs that may have a gradient, of a layer that is run again; `None` in the place of others.
         state: State before the call, of a layer that is run again.
-        gradient: Gradient of the loss with respect to the output.
+        gradients: Gradients of the loss with respect to the outputs; `None` where there is none.
         sketch: The random projection through which long examples may be read; `None` to be exact.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Tensor | None
+    outputs: tuple[Tensor | None, ...]
     state: CallState | None
-    gradient: Tensor
+    gradients: tuple[Tensor | None, ...]
     sketch: Sketch | None = None
 
     @property
     def input(self) -> Tensor:
         """The first argument."""
         return input_of(self.args, self.kwargs)
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of the first output, which layers have one for that take no gradient of others."""
+        return cast(Tensor, self.gradients[0])
 
     def by_pairs(self, examples: int, sequences: int, keep_rows: bool) -> LayerCall:
         """Bring the sequences of an example together, where a batch holds all first ones, then all second ones.
@@ -142,8 +147,8 @@ class LayerCall:
             value = value.unflatten(0, (sequences, examples, -1)).transpose(0, 1)
             return value.flatten(0, 2) if keep_rows else value.flatten(1, 2)
 
-        args, kwargs, output, gradient = tree_map(together, (self.args, self.kwargs, self.output, self.gradient))
-        return replace(self, args=args, kwargs=kwargs, output=output, gradient=gradient)
+        args, kwargs, outputs, gradients = tree_map(together, (self.args, self.kwargs, self.outputs, self.gradients))
+        return replace(self, args=args, kwargs=kwargs, outputs=outputs, gradients=gradients)
 
     def replayed(self) -> AbstractContextManager[None]:
         """Random numbers and autocast inside are those of the call."""
@@ -214,12 +219,12 @@ class SavedInput:
         if torch.promote_types(copied.dtype, self._dtype) == copied.dtype:
             self._saved = _SavedTensors(copied)
 
-    def take(self, name: str, gradient: Tensor) -> LayerCall:
+    def take(self, name: str, *gradients: Tensor | None) -> LayerCall:
         """The call, once.
 
         Args:
             name: Name of the layer, for the error.
-            gradient: Gradient of the output.
+            gradients: Gradient of the output, the only one.
 
         Returns:
             The call.
@@ -227,34 +232,43 @@ class SavedInput:
         Raises:
             RuntimeError: If it was taken before.
         """
-        (x,) = self._saved.take(name)
+        (x,), gradient = self._saved.take(name), cast(Tensor, gradients[0])
         # Accelerate moves the arguments inside of the call, where a layer and the one before lie on two devices.
-        return LayerCall((x.to(gradient.device, self._dtype),), {}, None, None, gradient)
+        return LayerCall((x.to(gradient.device, self._dtype),), {}, (), None, (gradient,))
 
 
 class SavedCall:
-    """All arguments and the output of a call, saved until the gradient comes, of a layer that is run again.
+    """All arguments and outputs of a call, saved until the gradient comes, of a layer that is run again.
 
     Args:
         args: Positional arguments.
         kwargs: Keyword arguments.
-        output: The output.
+        outputs: The outputs that may have a gradient; `None` in the place of others.
         state: State before the call.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, state: CallState | None) -> None:
-        leaves, self._structure = tree_flatten((args, kwargs, output))
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: tuple[Tensor | None, ...],
+        state: CallState | None,
+    ) -> None:
+        leaves, self._structure = tree_flatten((args, kwargs, outputs))
         self._others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         self._state = state
         self._saved = _SavedTensors(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
-    def take(self, name: str, gradient: Tensor) -> LayerCall:
-        """As `SavedInput.take`."""
+    def take(self, name: str, *gradients: Tensor | None) -> LayerCall:
+        """As `SavedInput.take`, with one gradient for each output that may have one."""
         tensors = iter(self._saved.take(name))
         leaves = [next(tensors) if other is None else other[0] for other in self._others]
-        args, kwargs, output = tree_unflatten(leaves, self._structure)
-        args, kwargs = send_to_device((args, kwargs), gradient.device)
-        return LayerCall(args, kwargs, output, self._state, gradient)
+        args, kwargs, outputs = tree_unflatten(leaves, self._structure)
+        device = next(tensor.device for tensor in (*gradients, *outputs) if tensor is not None)
+        args, kwargs = send_to_device((args, kwargs), device)
+        received = iter(gradients)
+        by_output = tuple(None if output is None else next(received) for output in outputs)
+        return LayerCall(args, kwargs, outputs, self._state, by_output)
 
 
 class _SaveForBackward(torch.autograd.Function):
@@ -268,3 +282,36 @@ class _SaveForBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (gradients[0], *(None for _ in ctx.saved_tensors))
+
+
+def behind_one_node(outputs: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Put copies in the place of all outputs of a layer that may have a gradient, made by one node of the graph.
+
+    The node receives the gradients of all of them together, and of each only what comes from outside of the layer. A
+    hook on an output from which the layer makes another one would receive what comes through that one, too.
+
+    Args:
+        outputs: What the layer returned, at least one tensor of which requires a gradient.
+
+    Returns:
+        The outputs, with copies of those that require a gradient, and the node.
+    """
+    places = [place for place, value in enumerate(outputs) if isinstance(value, Tensor) and value.requires_grad]
+    copies = _Copies.apply(*(outputs[place] for place in places))
+    replaced = list(outputs)
+    for place, copied in zip(places, copies, strict=True):
+        replaced[place] = copied
+    return replaced, copies[0].grad_fn
+
+
+class _Copies(torch.autograd.Function):
+    """The identity. Copies and not views, which could not be changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # None says that an output has no gradient
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from .calls import CallState, LayerCall, SavedCall, SavedInput, input_of
+from .calls import CallState, LayerCall, SavedCall, SavedInput, behind_one_node, input_of
 from .distributed import gathered, process_number
 from .examples import UnattributableError, batch_size_of
 from .fisher_sums import FisherSums
@@ -80,7 +80,12 @@ class FisherEstimator:
             layer_hook = _LayerHook(self, name)
             if layer.layer_type.runs_again:
                 self._handles.append(layer.module.register_forward_pre_hook(layer_hook.before, with_kwargs=True))
-            self._handles.append(layer.module.register_forward_hook(layer_hook, with_kwargs=True))
+            if layer.layer_type.all_outputs:
+                handle = layer.module.register_forward_hook(layer_hook.of_several, prepend=True, with_kwargs=True)
+                self._handles.append(handle)
+                self._handles.append(layer.module.register_forward_hook(layer_hook.of_one, with_kwargs=True))
+            else:
+                self._handles.append(layer.module.register_forward_hook(layer_hook, with_kwargs=True))
         for name, adapter in (adapters or {}).items():
             self._handles.append(adapter.register_forward_pre_hook(_AdapterHook(self, name)))
         for root in roots:
@@ -193,8 +198,7 @@ class FisherEstimator:
             self._pass.outstanding += 1
         if not with_gradients:
             return None
-        # Of several outputs the first is the layer's; there are attention weights behind it.
-        outputs = list(output) if isinstance(output, tuple) else [output]
+        outputs, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
         tensors = [value if isinstance(value, Tensor) and value.is_floating_point() else None for value in outputs]
         if isinstance(input_of(args, kwargs), DTensor) or isinstance(outputs[0], DTensor):
             raise ValueError(f"Layer {name!r} has a part of its input or output in this process. {TENSOR_PARALLELISM}")
@@ -207,9 +211,20 @@ class FisherEstimator:
                 value if tensor is None else tensor.detach().requires_grad_().clone()
                 for value, tensor in zip(outputs, tensors, strict=True)
             ]
+        if structure is not None and self.layers[name].layer_type.all_outputs:
+            return tree_unflatten(self._watch_all(name, args, kwargs, outputs, state), structure)
+        self._watch_first(name, args, kwargs, outputs, state)
+        if not starts_graph:
+            return None
+        return outputs[0] if structure is None else tree_unflatten(outputs, structure)
+
+    def _watch_first(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Any], state: CallState | None
+    ) -> None:
+        """Of several outputs the first is the layer's; there are attention weights behind it."""
         saved: SavedInput | SavedCall
         if self.layers[name].layer_type.runs_again:
-            saved = SavedCall(args, kwargs, outputs[0], state)
+            saved = SavedCall(args, kwargs, (outputs[0],), state)
         else:
             saved = SavedInput(input_of(args, kwargs))
             self._pass.latest[name] = ref(saved)
@@ -217,9 +232,16 @@ class FisherEstimator:
         for further in outputs[1:]:
             if isinstance(further, Tensor) and further.requires_grad:
                 further.register_hook(partial(_refuse_gradient, name))
-        if not starts_graph:
-            return None
-        return tuple(outputs) if isinstance(output, tuple) else outputs[0]
+
+    def _watch_all(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Any], state: CallState | None
+    ) -> list[Any]:
+        """All outputs are the layer's, such as the logits and the scores of a router."""
+        differentiable = (value if isinstance(value, Tensor) and value.requires_grad else None for value in outputs)
+        saved = SavedCall(args, kwargs, tuple(differentiable), state)
+        outputs, node = behind_one_node(outputs)
+        node.register_prehook(partial(self._receive_all, name, saved))
+        return outputs
 
     def _observe_adapter(self, name: str, x: Any) -> None:
         """The hook before the adapter, which is called behind the layer."""
@@ -228,20 +250,24 @@ class FisherEstimator:
         if saved is not None and isinstance(x, Tensor):
             saved.keep_instead(x)
 
-    def _receive(self, name: str, saved: SavedInput | SavedCall, gradient: Tensor) -> None:
+    def _receive(self, name: str, saved: SavedInput | SavedCall, *gradients: Tensor | None) -> None:
         """The hook on the output: pair its gradient with the call, and finish the layer after its last call."""
         if self.paused or self.num_batches == self.max_batches:
             return
         current = self._pass
         current.note_backward()
         waiting = current.waiting.setdefault(name, [])
-        waiting.append(saved.take(name, gradient.detach()))
+        waiting.append(saved.take(name, *(None if gradient is None else gradient.detach() for gradient in gradients)))
         current.has_gradients = True
         current.outstanding -= 1
         if len(waiting) == current.calls.get(name):
             current.norms[name] = self._norms(name, current.waiting.pop(name), current)
         if current.outstanding == 0:
             self._finish_batch()
+
+    def _receive_all(self, name: str, saved: SavedCall, gradients: tuple[Tensor | None, ...]) -> None:
+        """The hook on several outputs, of which not all need have a gradient."""
+        self._receive(name, saved, *gradients)
 
     def _receive_of_root(self, gradient: Tensor) -> None:
         """The hook on the model's output. Checkpointed layers learn only of their own share of the backward pass."""
@@ -362,6 +388,16 @@ class _LayerHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         state, self.state = self.state, None
         return self.estimator._observe(self.name, args, kwargs, output, state)
+
+    @_outside_compiled_code
+    def of_several(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The hook before all others, which have to get the copies of the outputs: FSDP, and those that keep one."""
+        return None if isinstance(output, Tensor) else self(module, args, kwargs, output)
+
+    @_outside_compiled_code
+    def of_one(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The hook behind all others: on the one output that of FSDP has to come first, and bring the weights back."""
+        return self(module, args, kwargs, output) if isinstance(output, Tensor) else None
 
 
 @dataclass

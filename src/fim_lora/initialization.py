@@ -21,13 +21,13 @@ from .peft_integration import (
     adapter_layers,
     apply_allocation,
     awaits_ranks,
+    convert_targets,
     estimator_of,
     final_initialisation,
     forget_estimator,
     lora_layers_disabled,
     name_in_base_model,
     require_resizable,
-    resolve_targets,
 )
 from .rank_allocation import RankAllocation, verify_patterns
 from .scores import FimScores, LayerScore
@@ -203,8 +203,9 @@ def get_fim_scores(
             "With layer_replication the layers exist only in the adapted model: call `get_peft_model` first and pass "
             "its result."
         )
-    targets = resolve_targets(model, peft_config)
-    return _calibrated(model, targets, dataloader, peft_config, forward_fn, show_progress_bar)
+    targets, converted = convert_targets(model, peft_config)
+    scores = _calibrated(model, targets, dataloader, peft_config, forward_fn, show_progress_bar)
+    return FimScores(scores, scores.num_batches, scores.num_skipped_batches, converted)
 
 
 def _scores_of_adapter(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.pytorch_utils import Conv1D
 
 from .attention import attention_matrices
@@ -66,13 +66,16 @@ class LayerType:
         squared_norms: `‖G_t‖²_F` (B) from the target layer, its calls and the number of examples. Raises
             `UnattributableError` if rows of the input belong to no example.
         weight: The dimensions, from PEFT's LoRA layer or from the plain base layer.
-        runs_again: Whether `squared_norms` runs the layer again, for which it needs all arguments, the output and
-            the state of the random numbers of a call.
+        runs_again: Whether `squared_norms` runs the layer again, for which it needs all arguments, outputs and the
+            state of the random numbers of a call.
+        all_outputs: Whether `squared_norms` takes the gradients of all outputs of a layer that is run again.
+            Otherwise only the first one may have a gradient.
     """
 
     squared_norms: SquaredNorms
     weight: Callable[[Any], Weight]
     runs_again: bool = False
+    all_outputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ _LAYER_TYPES: dict[str, LayerType] = {}
 
 
 def register_layer_type(
-    *classes: type[nn.Module] | str, weight: Callable[[Any], Weight], runs_again: bool = False
+    *classes: type[nn.Module] | str,
+    weight: Callable[[Any], Weight],
+    runs_again: bool = False,
+    all_outputs: bool = False,
 ) -> Callable[[SquaredNorms], SquaredNorms]:
     """Decorator: the function below it is `LayerType.squared_norms` of these classes and their subclasses.
 
@@ -107,6 +113,7 @@ def register_layer_type(
             PEFT defines only if the library of the quantisation is installed.
         weight: `LayerType.weight`.
         runs_again: `LayerType.runs_again`.
+        all_outputs: `LayerType.all_outputs`.
 
     Returns:
         The decorator.
@@ -115,7 +122,7 @@ def register_layer_type(
     def register(function: SquaredNorms) -> SquaredNorms:
         for layer_class in classes:
             name = layer_class if isinstance(layer_class, str) else _name_of(layer_class)
-            _LAYER_TYPES[name] = LayerType(function, weight, runs_again)
+            _LAYER_TYPES[name] = LayerType(function, weight, runs_again, all_outputs)
         return function
 
     return register
@@ -323,11 +330,14 @@ def attention(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) 
     return torch.stack([squared_norms(*_concatenated(pairs)) for pairs in by_matrix]).sum(0)
 
 
-@register_layer_type("peft.tuners.lora.layer.ParamWrapper", weight=_parameter_weight, runs_again=True)
+@register_layer_type(
+    "peft.tuners.lora.layer.ParamWrapper", weight=_parameter_weight, runs_again=True, all_outputs=True
+)
 def parameter(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """A parameter of any module, such as the experts of a mixture, by running the module again for every example.
 
-    The temporary memory is one gradient of the parameter, and what the module keeps for one example.
+    If it has several outputs, the gradients of all of them count. The temporary memory is one gradient of the
+    parameter, and what the module keeps for one example.
 
     Args:
         target: The module and its parameter.
@@ -356,39 +366,44 @@ def _norm_of_example(
     target: TargetLayer, weight: Tensor, calls: Sequence[LayerCall], example: int, batch_size: int
 ) -> Tensor:
     """`‖G_t‖²_F`, a scalar. The gradient runs at a scale of 1, so that it does not vanish in half precision."""
-    gradients = [_rows_of_example(call.gradient, example, batch_size) for call in calls]
+    gradients = [_rows_of_example(call.gradients, example, batch_size) for call in calls]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    scale = torch.stack([gradient.abs().amax() for gradient in gradients if gradient.numel()]).amax()
     total = torch.zeros((), dtype=dtype, device=weight.device)
+    largest = [
+        one.abs().amax().to(dtype) for of_call in gradients for one in of_call if one is not None and one.numel()
+    ]
+    scale = torch.stack(largest).amax() if largest else total
     if scale == 0:
         return total
     needed = weight.requires_grad
-    outputs = []
     try:
         weight.requires_grad_(True)
-        for call in calls:
-            outputs.append(_run_again(target, call, example, batch_size))
-        seeds = [gradient / scale for gradient in gradients]
-        (gradient,) = torch.autograd.grad(outputs, weight, seeds, allow_unused=True)
+        pairs = [
+            (output, gradient / scale)
+            for call, of_call in zip(calls, gradients, strict=True)
+            for output, gradient in zip(_run_again(target, call, example, batch_size), of_call, strict=True)
+            if gradient is not None and output.requires_grad  # one may be made without the parameter
+        ]
+        outputs, seeds = [output for output, _ in pairs], [seed for _, seed in pairs]
+        (gradient,) = torch.autograd.grad(outputs, weight, seeds, allow_unused=True) if pairs else (None,)
     finally:
         weight.requires_grad_(needed)
     if gradient is None:
         return total
-    return torch.linalg.vector_norm(gradient, dtype=dtype).square() * scale.to(dtype) ** 2
+    return torch.linalg.vector_norm(gradient, dtype=dtype).square() * scale**2
 
 
-def _run_again(target: TargetLayer, call: LayerCall, example: int, batch_size: int) -> Tensor:
-    args, kwargs = tree_map(
-        lambda value: _rows_of_example(value, example, batch_size) if isinstance(value, Tensor) else value,
-        (call.args, call.kwargs),
-    )
+def _run_again(target: TargetLayer, call: LayerCall, example: int, batch_size: int) -> list[Any]:
+    """All outputs for one example, of which those with a gradient are what they were in the batch."""
+    args, kwargs = _rows_of_example((call.args, call.kwargs), example, batch_size)
     with torch.enable_grad(), call.replayed():
         # `forward`, because the hooks of the module have seen this call.
-        output = target.module.forward(*args, **kwargs)
-    assert call.output is not None  # because the type is registered with `runs_again`
-    expected = _rows_of_example(call.output, example, batch_size)
-    if output.shape == expected.shape and (output - expected).norm() <= _SAME_OUTPUT * expected.norm():
-        return output
+        outputs = tree_leaves(target.module.forward(*args, **kwargs))
+    expected = [
+        output if gradient is not None else None for output, gradient in zip(call.outputs, call.gradients, strict=True)
+    ]
+    if _are_same(outputs, _rows_of_example(expected, example, batch_size)):
+        return outputs
     if batch_size > 1:
         raise UnattributableError
     raise RuntimeError(
@@ -398,12 +413,25 @@ def _run_again(target: TargetLayer, call: LayerCall, example: int, batch_size: i
     )
 
 
-def _rows_of_example(value: Tensor, example: int, batch_size: int) -> Tensor:
-    """Rows of one example, where the rows can be divided among the examples."""
-    if value.ndim == 0 or value.shape[0] % batch_size:
-        return value
-    rows = value.shape[0] // batch_size
-    return value[example * rows : (example + 1) * rows]
+def _are_same(outputs: Sequence[Any], expected: Sequence[Tensor | None]) -> bool:
+    """Whether outputs are those that are expected, where one is."""
+    return len(outputs) == len(expected) and all(
+        before is None
+        or (output.shape == before.shape and bool((output - before).norm() <= _SAME_OUTPUT * before.norm()))
+        for output, before in zip(outputs, expected, strict=True)
+    )
+
+
+def _rows_of_example(values: Any, example: int, batch_size: int) -> Any:
+    """Rows of one example of all tensors, where the rows can be divided among the examples."""
+
+    def rows_of(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] % batch_size:
+            return value
+        rows = value.shape[0] // batch_size
+        return value[example * rows : (example + 1) * rows]
+
+    return tree_map(rows_of, values)
 
 
 def _positions(value: Tensor) -> Tensor:

@@ -152,13 +152,21 @@ def write_targets(config: LoraConfig, kept: Sequence[str], dropped: Sequence[str
 def _module_targets(config: LoraConfig, kept: list[str], dropped: list[str]) -> set[str] | str:
     # A regular expression and layers_to_transform can leave out modules of the model whose names end like a kept
     # one; these are not known here, so only whole names will do.
-    by_whole_name = _is_expression(config.target_modules) or config.layers_to_transform is not None
+    by_whole_name = is_expression(config.target_modules) or config.layers_to_transform is not None
     if kept and (by_whole_name or any(_matches(set(kept), name) for name in dropped)):
         return f"(?:{'|'.join(map(re.escape, kept))})"
     return set(kept)  # which PEFT makes of a list, too
 
 
-def _is_expression(target_modules: Collection[str] | str | None) -> bool:
+def is_expression(target_modules: Collection[str] | str | None) -> bool:
+    """Whether a `target_modules` is a regular expression, and no list or `"all-linear"`.
+
+    Args:
+        target_modules: The `target_modules` of a config.
+
+    Returns:
+        Whether it is one.
+    """
     return isinstance(target_modules, str) and target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 

@@ -32,6 +32,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .config import FimConfig
+from .converted_targets import ConvertedTargets
 from .distributed import gathered, same_random_numbers
 from .estimator import FisherEstimator
 from .layer_types import TargetLayer, target_layer
@@ -396,17 +397,35 @@ def _name_of(name: str, layer: LoraLayer) -> str:
 
 
 def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLayer]:
-    """The layers that PEFT would adapt, found by PEFT's own injection into a skeleton of the model.
+    """The layers that PEFT would adapt.
 
-    The skeleton shares every tensor with the model and has modules of its own; the adapters in it are on the meta
-    device. Nothing in the model changes.
+    Args:
+        model: See `convert_targets`.
+        config: See `convert_targets`.
+
+    Returns:
+        Name, as in the base model, to the layer in the model.
+
+    Raises:
+        TypeError: See `convert_targets`.
+        ValueError: See `convert_targets`.
+    """
+    return convert_targets(model, config)[0]
+
+
+def convert_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, TargetLayer], ConvertedTargets | None]:
+    """The layers that PEFT would adapt, and what it would make of the targets in the config.
+
+    They are found by PEFT's own injection into a skeleton of the model. It shares every tensor with the model and has
+    modules of its own; the adapters in it are on the meta device. Nothing in model and config changes.
 
     Args:
         model: The model; adapters it has already are looked through.
         config: The LoRA config.
 
     Returns:
-        Name, as in the base model, to the layer in the model.
+        Name, as in the base model, to the layer in the model; and the targets that the config would have then, if
+        PEFT converts them for this model.
 
     Raises:
         TypeError: If a layer's class is not supported.
@@ -420,7 +439,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # whose names a regular expression must match whole
     init_lora_weights = final_initialisation(config) if awaits_ranks(config) else True
-    config = copy.deepcopy(config)
+    given, config = config, copy.deepcopy(config)
     config.init_lora_weights = True
     config.use_dora = False
     config.layer_replication = None  # would change the config of the model, which the skeleton shares
@@ -450,7 +469,10 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLay
     _require_initialisation({name: target.module for name, target in targets.items()}, init_lora_weights)
     if flattened:
         _require_parameters(config, targets)
-    return {name: dataclasses.replace(target, module=originals[id(target.module)]) for name, target in targets.items()}
+    targets = {
+        name: dataclasses.replace(target, module=originals[id(target.module)]) for name, target in targets.items()
+    }
+    return targets, ConvertedTargets.between(given, config, targets)
 
 
 def _require_parameters(config: LoraConfig, targets: Iterable[str]) -> None:

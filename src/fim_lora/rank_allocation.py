@@ -54,7 +54,8 @@ class RankAllocation:
     def from_scores(cls, scores: FimScores, config: LoraConfig) -> RankAllocation:
         """Allocate ranks to the layers of `scores` as `config` asks.
 
-        A `rank_pattern` or `alpha_pattern` of the config sets the base rank and base `lora_alpha` of a layer.
+        A `rank_pattern` or `alpha_pattern` of the config sets the base rank and base `lora_alpha` of a layer. A
+        parameter into which PEFT fuses two targets of the config has twice the global ones, as PEFT has it.
 
         Args:
             scores: From `get_fim_scores`, for exactly the layers that `config` targets.
@@ -67,8 +68,8 @@ class RankAllocation:
             ValueError: If the bounds cannot be satisfied; see `allocate_ranks`.
         """
         fim_config = getattr(config, "fim_config", None) or FimConfig()
-        base_ranks = resolve_pattern(config.rank_pattern, scores, config.r)
-        base_alphas = resolve_pattern(config.alpha_pattern, scores, config.lora_alpha)
+        base_ranks = _base_values(scores, config.rank_pattern, config.r)
+        base_alphas = _base_values(scores, config.alpha_pattern, config.lora_alpha)
         ranks = allocate_ranks(
             scores.means,
             base_ranks,
@@ -136,7 +137,9 @@ class RankAllocation:
     def to_lora_config(self, base_config: LoraConfig, *, serving: bool = False) -> LoraConfig:
         """The config of an ordinary LoRA adapter with these ranks, for stock PEFT and any trainer.
 
-        If layers lose their adapter, `target_modules` and `target_parameters` name those that keep one.
+        If layers lose their adapter, `target_modules` and `target_parameters` name those that keep one. If PEFT
+        converts the targets for the model, as it does for modules that transformers 5 has fused, they are those that
+        it makes of them.
 
         Servers such as vLLM and TensorRT-LLM read no patterns. They read `r`, which no rank may exceed, and scale
         every layer by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`. With `serving=True` these
@@ -155,8 +158,8 @@ class RankAllocation:
 
         Raises:
             ValueError: If `base_config` has another `r`, `lora_alpha` or `use_rslora` than the allocation, which
-                would give other ranks or scalings than the ones decided; if no layer keeps an adapter; if a
-                parameter that keeps its adapter cannot be told from one that loses it; if `serving` is asked for
+                would give other ranks or scalings than the ones decided; if no layer keeps an adapter; if a layer
+                that keeps its adapter cannot be told from one that loses it; if `serving` is asked for
                 and the layers do not share one scaling, or the initialisation changed the base weights; or if
                 directions are to come from EVA, which needs the model.
         """
@@ -181,9 +184,21 @@ class RankAllocation:
             config.r, config.lora_alpha = self._global_rank_and_alpha()
         config.rank_pattern = write_pattern(self._kept(self.ranks), config.r)
         config.alpha_pattern = write_pattern(self._kept(self.alphas), config.lora_alpha)
-        if self.dropped_layers:
-            write_targets(config, list(self._kept(self.ranks)), self.dropped_layers)
+        self._write_targets(config)
         return config
+
+    def _write_targets(self, config: LoraConfig) -> None:
+        converted = self.scores.converted_targets
+        if converted is not None:
+            converted.write(config)
+        if not self.dropped_layers:
+            return
+        write_targets(config, list(self._kept(self.ranks)), self.dropped_layers)
+        if converted is not None and isinstance(config.target_modules, str):
+            raise ValueError(
+                f"Layer {self.dropped_layers[0]!r} should lose its adapter, and only a regular expression can say so "
+                "here, of which PEFT takes the last parts of the names that it matches for this model: set r_min=1."
+            )
 
     def _initialisation(self) -> bool | str:
         if self.fim_config.init_lora_weights == "eva":
@@ -328,6 +343,13 @@ def verify_patterns(config: LoraConfig, allocation: RankAllocation) -> None:
                     f"PEFT would give layer {name!r} the value {value!r} of {attribute}, not {meant[name]!r}. "
                     "Please report this together with the names of the model's layers."
                 )
+
+
+def _base_values(scores: FimScores, pattern: Mapping[str, Value] | None, default: Value) -> dict[str, Value]:
+    """What PEFT would give every layer."""
+    if scores.converted_targets is not None:
+        pattern = scores.converted_targets.extended(pattern, default)
+    return resolve_pattern(pattern, scores, default)
 
 
 def _rank_steps(scores: FimScores, fim_config: FimConfig) -> dict[str, int]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any, cast
 
+from .converted_targets import ConvertedTargets
 from .json_files import InvalidFileError, boolean, integer, layer_name, number, read_json, write_json
 
 SCHEMA_VERSION = 1
@@ -64,12 +65,21 @@ class FimScores(Mapping[str, LayerScore]):
         layers: The scores by layer name.
         num_batches: Calibration batches that went into them.
         num_skipped_batches: Batches left out because the loss or a gradient was not finite.
+        converted_targets: What PEFT makes of the targets of the config for which a plain model was scored, if it
+            converts them.
     """
 
-    def __init__(self, layers: Mapping[str, LayerScore], num_batches: int = 0, num_skipped_batches: int = 0) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LayerScore],
+        num_batches: int = 0,
+        num_skipped_batches: int = 0,
+        converted_targets: ConvertedTargets | None = None,
+    ) -> None:
         self._layers = dict(layers)
         self.num_batches = num_batches
         self.num_skipped_batches = num_skipped_batches
+        self.converted_targets = converted_targets
 
     def __getitem__(self, name: str) -> LayerScore:
         return self._layers[name]
@@ -125,9 +135,11 @@ class FimScores(Mapping[str, LayerScore]):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
+        converted = self.converted_targets
         return {
             "num_batches": self.num_batches,
             "num_skipped_batches": self.num_skipped_batches,
+            **({} if converted is None else {"converted_targets": converted.to_dict()}),
             "layers": {name: asdict(score) | {"shape": list(score.shape)} for name, score in self.items()},
         }
 
@@ -147,7 +159,9 @@ class FimScores(Mapping[str, LayerScore]):
             ValueError: If a value is out of its range.
         """
         layers = {layer_name(name): _layer_from_dict(score) for name, score in content["layers"].items()}
-        return cls(layers, integer(content["num_batches"], 0), integer(content["num_skipped_batches"], 0))
+        counts = (integer(content["num_batches"], 0), integer(content["num_skipped_batches"], 0))
+        converted = content.get("converted_targets")
+        return cls(layers, *counts, None if converted is None else ConvertedTargets.from_dict(converted))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the scores as JSON, completely or not at all.
