@@ -293,14 +293,13 @@ def summary(settings: Mapping[Setting, Sequence[Gain]], unit: str) -> dict[str, 
         unit: `"gain"`, or `"percent"` to compare tasks.
 
     Returns:
-        Mean gain and interval, the same of the loss, mean ratio of parameters, number of runs, settings and tasks;
-        and of one setting the adapter parameters, too.
+        Mean gain and interval, the same of the loss, mean ratio of parameters, number of runs, settings and tasks.
     """
     by_task: dict[str, list[Sequence[Gain]]] = defaultdict(list)
     for setting, gains in settings.items():
         by_task[setting.task].append(gains)
     groups = [over_settings(of_task) for of_task in by_task.values()]
-    numbers = {
+    return {
         "mean_gain": mean(mean(getattr(gain, unit) for gain in group) for group in groups),
         "ci95": list(interval([[getattr(gain, unit) for gain in group] for group in groups])),
         "mean_loss_gain": mean(mean(gain.loss_gain for gain in group) for group in groups),
@@ -310,7 +309,6 @@ def summary(settings: Mapping[Setting, Sequence[Gain]], unit: str) -> dict[str, 
         "settings": len(settings),
         "tasks": len(by_task),
     }
-    return numbers | ({"parameters": mean(gain.parameters for gain in groups[0])} if len(settings) == 1 else {})
 
 
 def report(results: Sequence[Mapping[str, Any]], reference: str = REFERENCE) -> dict[str, Any]:
@@ -322,9 +320,9 @@ def report(results: Sequence[Mapping[str, Any]], reference: str = REFERENCE) -> 
 
     Returns:
         `overall`: method to summary over the settings in which it has enough seeds. `tasks`: task to the same of its
-        settings. `settings`: setting to method to summary. `few_seeds`: setting to method with fewer seeds to
-        `mean_loss_gain` and `runs`. `not_tuned`: setting to methods of which the best learning rate is at an
-        end of those that were run.
+        settings. `settings`: setting to method to summary, with its adapter parameters. `few_seeds`: setting to method
+        with fewer seeds to `mean_loss_gain` and `runs`. `not_tuned`: setting to methods of which the best learning
+        rate is at an end of those that were run.
     """
     gains = gains_of(results, reference)
     needed = seeds_needed(gains, reference)
@@ -336,7 +334,10 @@ def report(results: Sequence[Mapping[str, Any]], reference: str = REFERENCE) -> 
         enough = {method: of_seeds for method, of_seeds in methods.items() if len(of_seeds) >= needed}
         for method, of_seeds in enough.items():
             overall[method][setting] = tasks[setting.task][method][setting] = of_seeds
-        settings[str(setting)] = {method: summary({setting: gain}, "gain") for method, gain in enough.items()}
+        settings[str(setting)] = {
+            method: summary({setting: of_seeds}, "gain") | {"parameters": mean(gain.parameters for gain in of_seeds)}
+            for method, of_seeds in enough.items()
+        }
         few[str(setting)] = {
             method: {"mean_loss_gain": mean(gain.loss_gain for gain in of_seeds), "runs": len(of_seeds)}
             for method, of_seeds in methods.items()
@@ -781,15 +782,18 @@ def _table(title: str, unit: str, methods: Mapping[str, Mapping[str, Any]], *mor
     for method, numbers in sorted(
         methods.items(), key=lambda item: (-item[1]["tasks"], -item[1]["settings"], -item[1]["mean_loss_gain"])
     ):
-        low, high = numbers["loss_ci95"]
         cells = [
-            f"{numbers['mean_gain']:+.2f} [{numbers['ci95'][0]:+.2f}, {numbers['ci95'][1]:+.2f}]",
-            f"{numbers['mean_loss_gain']:+.4f} [{low:+.4f}, {high:+.4f}]",
+            _with_interval(numbers["mean_gain"], numbers["ci95"], 4 if unit == UNITS["loss"] else 2),
+            _with_interval(numbers["mean_loss_gain"], numbers["loss_ci95"], 4),
             f"{numbers['params_ratio']:.3f}" + (f" ({numbers['parameters']:,.0f})" if "parameters" in numbers else ""),
             *(str(numbers[column]) for column in ("runs", *more_columns)),
         ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _with_interval(value: float, ends: Sequence[float], digits: int) -> str:
+    return f"{value:+.{digits}f} [{ends[0]:+.{digits}f}, {ends[1]:+.{digits}f}]"
 
 
 def _lines_of_few_seeds(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:

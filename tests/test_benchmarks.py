@@ -497,7 +497,7 @@ def test_the_overall_table_says_over_how_many_settings_a_mean_is():
     rows = [line for line in report.as_markdown(content).splitlines() if line.startswith("| ")][2:5]
     assert [row.split(" | ")[0] for row in rows] == ["| fim-rank", "| uniform", "| random"]
     assert "| 1.000 | 2 | 1 | 2 |" in rows[1]
-    assert "| 1.000 (100) | 1 | 1 | 1 |" in rows[2]
+    assert "| 1.000 | 1 | 1 | 1 |" in rows[2]
 
 
 def test_overall_every_task_counts_once_however_many_settings_it_has():
