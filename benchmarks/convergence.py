@@ -6,9 +6,9 @@
 
 A task that has its file in `results/convergence` is not measured again.
 
-Batches. The eFIM of each of 128 batches is measured on its own. Ranks from the first n of 64 are compared with ranks
-from the other 64, which they share no example with. So even 64 batches do not agree fully, and the line of 64 says
-how much of the difference is that of two samples of that size.
+Batches. The exact eFIM of each of 128 batches is measured on its own. Ranks from the first n of 64 are compared with
+ranks from the other 64, which they share no example with. So even 64 batches do not agree fully, and the line of 64
+says how much of the difference is that of two samples of that size.
 
 Projection. Where examples are longer than 128 tokens, scores are read through a random projection by default; ranks
 from 8 batches are compared with those of exact scores from the same batches.
@@ -122,7 +122,8 @@ class Measurement:
         for seed in range(repeats):
             calibration = self.batches(2 * most, seed)
             setting = self.setting(calibration, seed)
-            each = [fim_scores(replace(setting, calibration=[batch])) for batch in calibration]
+            # Exact, because a projection of its own for every batch belongs to a calibration over all of them.
+            each = [fim_scores(replace(setting, calibration=[batch]), exact=True) for batch in calibration]
             others = mean_scores(each[most:])
             for number in NUMBERS:
                 rows[number].append(agreement(mean_scores(each[:number]), others, self.rank))

@@ -385,8 +385,8 @@ class Speed(NamedTuple):
         steps: Until the loss that uniform LoRA has there, mean over seeds; those that never have it count as `end`.
         reached: Seeds that have it.
         seeds: All.
-        before: Time until training begins in training steps of that run; `None` of runs on a GPU, several of which
-            shared it, and which are not waited for.
+        before: Time until training begins in training steps of that run; `None` of runs on a GPU, which several runs
+            may have shared.
     """
 
     end: int

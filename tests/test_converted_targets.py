@@ -92,6 +92,13 @@ def test_two_steps_give_the_adapter_of_one(tmp_path, name, kind):
     assert config == before
     given = initialize_lora_fim_ranks(get_peft_model(make(), copy.deepcopy(config)), fim_scores=scores)
     assert given.ranks == one.ranks
+    # What the adapter was allocated says it for any config, too.
+    one.save(tmp_path / "allocation.json")
+    for allocation in (one, given, RankAllocation.load(tmp_path / "allocation.json")):
+        assert ranks_in(get_peft_model(make(), allocation.to_lora_config(config))) == one.ranks
+    waiting = get_peft_model(make(), copy.deepcopy(config))
+    of_adapter = get_fim_scores(waiting, lm_batches(), show_progress_bar=False)
+    assert RankAllocation.from_scores(of_adapter, config).ranks == one.ranks
 
 
 @pytest.mark.parametrize("serving", [False, True])

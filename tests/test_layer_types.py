@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.calibration import calibrate
+from fim_lora.calls import CallState
 from fim_lora.estimator import FisherEstimator
 from fim_lora.gradient_norms import embedding_squared_norms
 from fim_lora.layer_types import target_layer
@@ -388,6 +389,18 @@ def test_attention_under_autocast(options, dtype):
     assert scores["attention"].mean != exact["attention"].mean
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_call_is_replayed_under_its_own_autocast(before, after):
+    with torch.autocast("cpu", torch.float16, enabled=before):
+        state = CallState.of(torch.ones(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=after):
+        with state.restored():
+            product = torch.ones(2, 2) @ torch.ones(2, 2)
+        assert torch.is_autocast_enabled("cpu") == after
+    assert product.dtype == (torch.float16 if before else torch.float32)
+
+
 def test_a_loss_on_attention_weights_is_refused():
     class OnWeights(Attention):
         def forward(self, x, target):
@@ -739,6 +752,14 @@ class MeanMixture(RoutedMixture):
         return {"loss": loss + self.weight * mean if self.weight else loss}
 
 
+class NearlyOne(WithMean):
+    """A mean that hardly differs between examples, as losses that balance the experts do."""
+
+    def forward(self, hidden):
+        *outputs, mean = super().forward(hidden)
+        return *outputs, 1 + 1e-3 * mean
+
+
 def test_an_output_that_belongs_to_no_example():
     batches = batches_of(floats(7, WIDTH))
     config = LoraConfig(target_modules=["first"], target_parameters=["router.weight"])
@@ -749,6 +770,14 @@ def test_an_output_that_belongs_to_no_example():
         scores = get_fim_scores(MeanMixture(3), batches, config, show_progress_bar=False)
     # A batch counts as one example: ‖Σ_t G_t‖² / B.
     truth = per_example_truth(MeanMixture(3), batches, ["router.weight"], lambda batch: [by_type(batch)]) * 3
+    assert scores["router.weight"].mean == pytest.approx(truth.mean().item(), rel=1e-5)
+
+    balanced = MeanMixture(3e3)
+    torch.manual_seed(0)
+    balanced.router = NearlyOne(3)
+    truth = per_example_truth(balanced, batches, ["router.weight"], lambda batch: [by_type(batch)]) * 3
+    with pytest.warns(UserWarning, match="could not be attributed"):
+        scores = get_fim_scores(balanced, batches, config, show_progress_bar=False)
     assert scores["router.weight"].mean == pytest.approx(truth.mean().item(), rel=1e-5)
 
 

@@ -390,6 +390,13 @@ def test_a_form_that_cannot_be_resized_is_also_refused_where_it_was_set_later(fi
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize("field", sorted(set(REFUSED) - {"kasa_config"}))
+def test_a_form_that_cannot_be_resized_is_refused_in_two_steps_as_well(field):
+    config = fim_lora_config(**{field: REFUSED[field]()})
+    with pytest.raises(ValueError, match=f"{field} does not go together"):
+        get_fim_scores(llama(), lm_batches(), config, show_progress_bar=False)
+
+
 def test_kasa_by_the_way_that_its_error_names(tmp_path):
     """Stock PEFT cuts the base weights once, at the ranks of the allocation, when the adapter is made and loaded."""
     # KaSA needs ranks below both sides of a weight.

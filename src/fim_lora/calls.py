@@ -65,11 +65,11 @@ class CallState:
 
     Attributes:
         random: The random numbers.
-        autocast: Device type to the dtype that autocast computes in, where it is on.
+        autocast: Device type to whether autocast is on, and the dtype that it computes in.
     """
 
     random: RandomState
-    autocast: Mapping[str, torch.dtype]
+    autocast: Mapping[str, tuple[bool, torch.dtype]]
 
     @classmethod
     def of(cls, *tensors: Any) -> CallState:
@@ -83,7 +83,7 @@ class CallState:
         """
         random = RandomState.of(*tensors)
         types = {"cpu", random.device_type}
-        return cls(random, {name: torch.get_autocast_dtype(name) for name in types if torch.is_autocast_enabled(name)})
+        return cls(random, {name: (torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in types})
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -93,8 +93,9 @@ class CallState:
             Nothing.
         """
         with ExitStack() as stack:
-            for device_type, dtype in self.autocast.items():
-                stack.enter_context(torch.autocast(device_type, dtype))
+            for device_type, (enabled, dtype) in self.autocast.items():
+                if enabled or torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, dtype, enabled=enabled))
             stack.enter_context(self.random.restored())
             yield
 

@@ -73,7 +73,8 @@ def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
 def gram_squared_norms(x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMPORARY_BYTES) -> Tensor:
     """`Σ_{u,v} (x_t x_tᵀ)_{uv} (g_t g_tᵀ)_{uv}`, at most `2 T² (d_in + d_out)` operations per example.
 
-    Both matrices are symmetric, so of a long example on a CPU little more than half of these are done.
+    Both matrices are symmetric, so on a CPU three quarters of these are done where T is even and at least 128, and
+    fewer where half of T is, too.
 
     Args:
         x: Input of the layer (B × T × d_in).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from peft import LoraConfig
@@ -22,6 +23,7 @@ from .peft_integration import (
     apply_allocation,
     awaits_ranks,
     convert_targets,
+    converted_targets_of,
     estimator_of,
     final_initialisation,
     forget_estimator,
@@ -123,7 +125,8 @@ def initialize_lora_fim_ranks(
             )
     apply_allocation(model, layers, adapter_name, allocation, new_config, directions)
     forget_estimator(model, adapter_name)
-    return allocation
+    # In the config of this adapter they are converted; in another one that the ranks are written into they are not.
+    return replace(allocation, scores=scores.for_targets(converted_targets_of(model, adapter_name)))
 
 
 def _checked(
@@ -195,7 +198,8 @@ def get_fim_scores(
     if hasattr(model, "peft_config"):
         config = peft_config or _lora_config(model, adapter_name)
         layers = adapter_layers(model, adapter_name)
-        return _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar)
+        scores = _scores_of_adapter(model, layers, dataloader, config, forward_fn, show_progress_bar)
+        return scores.for_targets(converted_targets_of(model, adapter_name))
     if peft_config is None:
         raise ValueError("The model has no adapter: pass a LoraConfig as `peft_config` to say what to score.")
     if getattr(peft_config, "layer_replication", None):
@@ -205,7 +209,7 @@ def get_fim_scores(
         )
     targets, converted = convert_targets(model, peft_config)
     scores = _calibrated(model, targets, dataloader, peft_config, forward_fn, show_progress_bar)
-    return FimScores(scores, scores.num_batches, scores.num_skipped_batches, converted)
+    return scores.for_targets(converted)
 
 
 def _scores_of_adapter(

@@ -402,7 +402,7 @@ def _run_again(target: TargetLayer, call: LayerCall, example: int, batch_size: i
     expected = [
         output if gradient is not None else None for output, gradient in zip(call.outputs, call.gradients, strict=True)
     ]
-    if _are_same(outputs, _rows_of_example(expected, example, batch_size)):
+    if _are_of_examples(expected, batch_size) and _are_same(outputs, _rows_of_example(expected, example, batch_size)):
         return outputs
     if batch_size > 1:
         raise UnattributableError
@@ -410,6 +410,13 @@ def _run_again(target: TargetLayer, call: LayerCall, example: int, batch_size: i
         f"{type(target.module).__name__} of {target.name!r} gave another output when it was run again with the same "
         "arguments, so the gradient of its parameter cannot be found. Switch off what is random or stateful in it, or "
         "take the parameter out of `target_parameters`."
+    )
+
+
+def _are_of_examples(outputs: Sequence[Tensor | None], batch_size: int) -> bool:
+    """Whether the rows of all of them can be divided among the examples; a mean over the batch has none."""
+    return batch_size == 1 or not any(
+        output is not None and (output.ndim == 0 or output.shape[0] % batch_size) for output in outputs
     )
 
 

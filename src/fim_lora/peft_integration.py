@@ -45,6 +45,7 @@ _PREFIX = "base_model.model."
 # Attribute of the base model: adapter name to estimator. It is a plain attribute, so that copies and pickles of the
 # model take it along, and it is in no state dict.
 _ESTIMATORS = "_fim_estimators"
+_CONVERTED_TARGETS = "_fim_converted_targets"
 
 
 # --- Teaching PEFT ---
@@ -214,10 +215,11 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
             return
         # Before anything is changed: what cannot be resized, and a layer without a defined eFIM, raise here.
         _require_resizable_form(config)
-        resolve_targets(model, config)
+        _, converted = convert_targets(model, config)
         with _presented_as(config, True):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
             _put_on_devices(model, adapter_name, config)
+        model.__dict__.setdefault(_CONVERTED_TARGETS, {})[adapter_name] = converted
         if not config.inference_mode:
             _watch(self, model, adapter_name, config.fim_config)
 
@@ -325,9 +327,9 @@ def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config:
     _require_unsharded(model, layers)
 
 
-def _require_resizable_form(config: LoraConfig) -> None:
+def _require_resizable_form(config: LoraConfig, *, but: str = "") -> None:
     for field, reason in _NOT_RESIZABLE.items():
-        if getattr(config, field, None) is not None:
+        if field != but and getattr(config, field, None) is not None:
             raise ValueError(f"{field} does not go together with init_lora_weights='fim': {reason}.")
 
 
@@ -438,6 +440,8 @@ def convert_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Tar
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         model = model.get_base_model()  # whose names a regular expression must match whole
+    if awaits_ranks(config):
+        _require_resizable_form(config, but="kasa_config")
     init_lora_weights = final_initialisation(config) if awaits_ranks(config) else True
     given, config = config, copy.deepcopy(config)
     config.init_lora_weights = True
@@ -567,6 +571,20 @@ def estimator_of(model: nn.Module, adapter_name: str) -> FisherEstimator | None:
         if adapter_name in module.__dict__.get(_ESTIMATORS, {}):
             return module.__dict__[_ESTIMATORS][adapter_name]
     return None
+
+
+def converted_targets_of(model: nn.Module, adapter_name: str) -> ConvertedTargets | None:
+    """What PEFT made of the targets in the config of an adapter, when that was created to await its ranks.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+
+    Returns:
+        The targets, or `None` if PEFT converted none.
+    """
+    found = (module.__dict__.get(_CONVERTED_TARGETS, {}).get(adapter_name) for module in model.modules())
+    return next((converted for converted in found if converted is not None), None)
 
 
 def forget_estimator(model: nn.Module, adapter_name: str) -> None:

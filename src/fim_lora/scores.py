@@ -133,6 +133,10 @@ class FimScores(Mapping[str, LayerScore]):
         """Layer name to `LayerScore.rank_step`, as `allocate_ranks` takes it."""
         return {name: score.rank_step for name, score in self.items()}
 
+    def for_targets(self, converted_targets: ConvertedTargets | None) -> FimScores:
+        """The same scores with other `converted_targets`."""
+        return FimScores(self._layers, self.num_batches, self.num_skipped_batches, converted_targets)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON types."""
         converted = self.converted_targets
