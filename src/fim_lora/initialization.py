@@ -124,9 +124,10 @@ def initialize_lora_fim_ranks(
                 show_progress_bar,
             )
     apply_allocation(model, layers, adapter_name, allocation, new_config, directions)
-    forget_estimator(model, adapter_name)
     # In the config of this adapter they are converted; in another one that the ranks are written into they are not.
-    return replace(allocation, scores=scores.for_targets(converted_targets_of(model, adapter_name)))
+    converted = converted_targets_of(model, adapter_name)
+    forget_estimator(model, adapter_name)
+    return replace(allocation, scores=scores.for_targets(converted))
 
 
 def _checked(

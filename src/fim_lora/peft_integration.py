@@ -219,9 +219,10 @@ def _watching(inject_adapter: Callable[..., None]) -> Callable[..., None]:
         with _presented_as(config, True):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
             _put_on_devices(model, adapter_name, config)
-        model.__dict__.setdefault(_CONVERTED_TARGETS, {})[adapter_name] = converted
         if not config.inference_mode:
             _watch(self, model, adapter_name, config.fim_config)
+        if converted is not None:
+            model.__dict__.setdefault(_CONVERTED_TARGETS, {})[adapter_name] = converted
 
     watching_inject_adapter.__doc__ = inject_adapter.__doc__
     return watching_inject_adapter
@@ -574,7 +575,7 @@ def estimator_of(model: nn.Module, adapter_name: str) -> FisherEstimator | None:
 
 
 def converted_targets_of(model: nn.Module, adapter_name: str) -> ConvertedTargets | None:
-    """What PEFT made of the targets in the config of an adapter, when that was created to await its ranks.
+    """What PEFT made of the targets in the config of an adapter that awaits its ranks.
 
     Args:
         model: The model.
@@ -588,13 +589,16 @@ def converted_targets_of(model: nn.Module, adapter_name: str) -> ConvertedTarget
 
 
 def forget_estimator(model: nn.Module, adapter_name: str) -> None:
-    """Remove an adapter's hooks and sums.
+    """Remove an adapter's hooks and sums, and what is known of its targets.
 
     Args:
         model: The model.
         adapter_name: The adapter.
     """
     for module in model.modules():
+        converted = module.__dict__.get(_CONVERTED_TARGETS, {})
+        if converted.pop(adapter_name, None) is not None and not converted:
+            del module.__dict__[_CONVERTED_TARGETS]
         estimators = module.__dict__.get(_ESTIMATORS, {})
         if adapter_name in estimators:
             estimators.pop(adapter_name).detach()
