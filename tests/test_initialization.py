@@ -23,7 +23,18 @@ from transformers.pytorch_utils import Conv1D
 
 from fim_lora import FimConfig, FimScores, LayerScore, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.peft_integration import resolve_targets
-from tiny_models import bert, class_batch, gpt2, llama, lm_batches, names_of, per_example_scores, t5, token_batch
+from tiny_models import (
+    bert,
+    class_batch,
+    gpt2,
+    llama,
+    lm_batches,
+    names_of,
+    per_example_scores,
+    running_out_of_memory,
+    t5,
+    token_batch,
+)
 
 
 def fim_lora_config(r=8, batches=3, target_modules=("q_proj", "v_proj", "down_proj"), **options):
@@ -544,21 +555,14 @@ def test_errors_leave_no_trace(arguments, error, message):
     initialize_lora_fim_ranks(model)
 
 
-def test_a_failure_while_layers_are_rebuilt_leaves_no_trace(monkeypatch):
+def test_a_failure_while_layers_are_rebuilt_leaves_no_trace():
     model = fim_model(lora_dropout=0.1, use_dora=True)
     randomise(model)
     run_own_loop(model)
     before, output = state_of(model), logits(model)
     before = state_of(model)
-    last = list(lora_layers(model).values())[-1]
-
-    def update_layer(adapter_name, r, lora_alpha, config=None, **kwargs):
-        raise MemoryError("out of memory")
-
-    monkeypatch.setattr(last, "update_layer", update_layer)
-    with pytest.raises(MemoryError):
+    with running_out_of_memory(list(lora_layers(model).values())[-1]):
         initialize_lora_fim_ranks(model)
-    monkeypatch.undo()
     assert state_of(model) == before
     assert torch.equal(logits(model), output)
     initialize_lora_fim_ranks(model)

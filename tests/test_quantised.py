@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from test_initialization import fim_lora_config, logits, randomise, run_own_loop
 from test_stock_peft import stock
-from tiny_models import VOCABULARY, llama, lm_batches, names_of, per_example_scores
+from tiny_models import VOCABULARY, llama, lm_batches, names_of, per_example_scores, running_out_of_memory
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -177,7 +177,7 @@ def test_calibration_leaves_the_packed_weights_alone(folder, quantisation):
 
 
 @pytest.mark.parametrize("quantisation", ["bnb int8", "bnb nf4"])
-def test_a_failure_while_olora_quantises_anew_leaves_the_weights_as_they_were(folder, quantisation, monkeypatch):
+def test_a_failure_while_olora_quantises_anew_leaves_the_weights_as_they_were(folder, quantisation):
     model = load(folder, CASES[quantisation][0]())
     config = fim_lora_config(target_modules=TARGETS, init_lora_weights="olora", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
@@ -185,15 +185,8 @@ def test_a_failure_while_olora_quantises_anew_leaves_the_weights_as_they_were(fo
     run_own_loop(model.train())
     before = {name: dequantised_after_a_pass(layer.get_base_layer()) for name, layer in layers.items()}
     parameters = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-    last = list(layers.values())[-1]
-
-    def update_layer(*args, **kwargs):
-        raise MemoryError("out of memory")
-
-    monkeypatch.setattr(last, "update_layer", update_layer)
-    with pytest.raises(MemoryError):
+    with running_out_of_memory(list(layers.values())[-1]):
         initialize_lora_fim_ranks(model)
-    monkeypatch.undo()
     for name, layer in layers.items():
         base = layer.get_base_layer()
         assert base.weight is parameters[name]

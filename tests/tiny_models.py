@@ -1,5 +1,9 @@
 """Tiny randomly initialised models, batches, and the truth: per-example gradients by autograd in float64."""
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
@@ -127,3 +131,14 @@ def per_example_scores(model, batches, names):
 
 def names_of(model, *ends):
     return [name for name, _ in model.named_modules() if name.endswith(ends)]
+
+
+@contextmanager
+def running_out_of_memory(layer):
+    """The allocation inside fails when it rebuilds this layer, and the layer can be rebuilt again afterwards."""
+
+    def update_layer(*args, **kwargs):
+        raise MemoryError("out of memory")
+
+    with patch.object(layer, "update_layer", update_layer), pytest.raises(MemoryError, match="out of memory"):
+        yield
