@@ -1,7 +1,7 @@
 """The console script `fim-lora`.
 
-A module of its own, because importing the package takes seconds: Ctrl-C meanwhile, or a missing library, must end in
-one line as it does later.
+It is separate from the package, because importing the package takes seconds: Ctrl-C during the import, or a missing
+library, must be reported in one line, too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fim_lora.cli.app import run
     except ModuleNotFoundError as error:
         print(
-            f"fim-lora: error: The command needs more than the library ({error}). "
-            "Install it with: pip install 'fim-lora[cli]'",
+            f"fim-lora: error: The command needs packages that are not installed ({error}). "
+            "Install them with: pip install 'fim-lora[cli]'",
             file=sys.stderr,
         )
         return 1

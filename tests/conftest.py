@@ -1,7 +1,8 @@
 import os
-import sys
-from pathlib import Path
 
-# Tests never ask a hub, and never wait for one.
+import pytest
+
+# Tests never contact the hub, and never wait for it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+# Failed assertions in helpers show their values, as failed assertions in tests do.
+pytest.register_assert_rewrite("helpers")

@@ -12,9 +12,9 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
 from fim_lora import initialize_lora_fim_ranks
-from test_initialization import fim_lora_config, fim_model, logits, lora_layers, randomise
-from test_stock_peft import stock
-from tiny_models import llama, lm_batches, token_batch
+from helpers.adapters import fim_lora_config, fim_model, logits, lora_layers, randomize
+from helpers.stock_peft import stock
+from helpers.tiny_models import llama, lm_batches, token_batch
 
 # Each has a side of 24, so that an SVD of rank 24 loses nothing.
 TARGETS = ("q_proj", "o_proj", "down_proj")
@@ -25,7 +25,7 @@ def trained(base=None, **options):
     model = fim_model(base, score_exponent=0.5, **options)
     allocation = initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
     assert len(set(allocation.ranks.values())) > 1
-    randomise(model)
+    randomize(model)
     return model, allocation
 
 
@@ -40,7 +40,7 @@ def two_adapters(scores=(RISING, FALLING), **options):
     for name, values in zip(("one", "two"), scores, strict=True):
         given = dict(zip(lora_layers(model, name), map(float, values), strict=True))
         allocations.append(initialize_lora_fim_ranks(model, fim_scores=given, adapter_name=name))
-    randomise(model)
+    randomize(model)
     return model, *allocations
 
 
@@ -122,7 +122,7 @@ def test_merged_convolutions():
     model = get_peft_model(base, fim_lora_config(r=4, target_modules=("wide", "narrow"), lora_alpha=5)).eval()
     allocation = initialize_lora_fim_ranks(model, fim_scores={"wide": 3.0, "narrow": 1.0})
     assert allocation.ranks == {"wide": 6, "narrow": 2}
-    randomise(model)
+    randomize(model)
     x = torch.randn(2, 3, 5, 5)
     with torch.no_grad():
         expected, weights = model(x), {}
@@ -152,7 +152,7 @@ def weighted_sum_by_hand(model, one, two, weights):
     }
 
 
-# Before 0.21 PEFT applies the scaling twice there, which shows unless it is 1.
+# PEFT before 0.21 applies the scaling twice for an SVD, which makes a difference unless the scaling is 1.
 BY_SVD_WITH_SCALING = pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="scaling counts twice")
 
 
@@ -185,14 +185,15 @@ def test_weighted_sums_of_unequal_ranks(tmp_path, combination_type, svd_rank, lo
             base.get_submodule(name).weight.add_(delta)
     torch.testing.assert_close(logits(model), logits(base), rtol=1e-3, atol=1e-3)
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # which the SVD of PEFT 0.18 is not, and cannot save
+        # The SVD of PEFT 0.18 gives tensors that are not contiguous, and saving them raises an error.
+        parameter.data = parameter.data.contiguous()
     model.save_pretrained(tmp_path, selected_adapters=["sum"])
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "sum")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_a_weighted_sum_with_an_adapter_that_lost_layers():
-    """Where one adapter has rank 0, the sum is the other's update."""
+    """If one adapter has rank 0, the sum is the update of the other adapter."""
     scores = ((0, *RISING[1:]), FALLING)
     model, one, two = two_adapters(scores, lora_alpha=5, r_min=0)
     (lost,) = one.dropped_layers
@@ -208,7 +209,7 @@ FACTOR_BY_FACTOR = ["linear", "ties", "dare_linear", "magnitude_prune"]
 
 @pytest.mark.parametrize("combination_type", FACTOR_BY_FACTOR)
 def test_combinations_that_need_equal_ranks_are_refused_by_the_largest_rank(combination_type):
-    """PEFT compares the largest rank of each adapter, and refuses before it changes anything."""
+    """PEFT compares the largest rank of each adapter, and raises before it changes anything."""
     model, one, two = two_adapters((RISING, (60, 1, 1, 1, 1, 1)))
     assert max(one.ranks.values()) != max(two.ranks.values())
     before = set(model.state_dict())
@@ -220,7 +221,7 @@ def test_combinations_that_need_equal_ranks_are_refused_by_the_largest_rank(comb
 
 @pytest.mark.parametrize("combination_type", FACTOR_BY_FACTOR)
 def test_combinations_that_need_equal_ranks_fail_late_where_only_the_largest_agree(combination_type):
-    """PEFT does not compare layer by layer; what it leaves behind can be deleted, and harms nobody."""
+    """PEFT does not compare layer by layer. The incomplete adapter can be deleted and does not affect the others."""
     model, one, two = two_adapters()
     assert max(one.ranks.values()) == max(two.ranks.values())
     assert one.ranks != two.ranks
@@ -267,7 +268,7 @@ def swappable(folder, **options):
 
 
 def swap(model, folder, config):
-    """What `hotswap_adapter` does after it has compared the configs."""
+    """Does the same as `hotswap_adapter` after its comparison of the configs."""
     weights = load_peft_weights(str(folder), device="cpu")
     weights = {name.replace(".weight", ".default.weight"): value for name, value in weights.items()}
     hotswap_adapter_from_state_dict(model, weights, "default", config)
@@ -284,7 +285,7 @@ def prepare(model, one, two):
 @pytest.mark.parametrize("serving", [False, True])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_hot_swapping_adapters_of_one_scaling(tmp_path, prepared, serving, use_rslora):
-    """PEFT scales every layer by the global numbers, which are right for adapters with adjusted scaling."""
+    """PEFT scales every layer by the global numbers, which are correct for adapters with adjusted scaling."""
     model, expected, one, two = swappable(tmp_path, use_rslora=use_rslora)
     if prepared:
         before = logits(model)
@@ -363,7 +364,7 @@ def test_switching_between_two_adapters_equals_each_alone_in_stock_peft(tmp_path
 
 
 def test_an_adapter_allocated_beside_a_trained_one():
-    """The allocation of the second reads and changes nothing of the first, whichever is active."""
+    """The allocation of the second adapter neither reads nor changes the first, whichever is active."""
     model, _ = trained()
     expected = logits(model)
     model.add_adapter("two", fim_lora_config(score_exponent=0.5))

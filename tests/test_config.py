@@ -1,3 +1,5 @@
+"""The options of `FimConfig`."""
+
 import math
 
 import pytest

@@ -1,6 +1,6 @@
-"""On a GPU: what is multiplied in half precision there, whole models in every precision, quantised ones, and training.
+"""On a GPU: products in half precision, whole models in every precision, quantized models, and training.
 
-Left out where there is no GPU.
+Skipped without a GPU.
 """
 
 import copy
@@ -13,23 +13,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
-from fim_lora.gradient_norms import (
-    gram_squared_norms,
-    materialised_squared_norms,
-    sketched_squared_norms,
-    squared_norms,
-)
-from fim_lora.products import multiplies_uncopied
-from fim_lora.sketch import WIDTH, Sketch, random_signs
-from test_devices_and_precision import assert_scores
-from test_layer_types import LAYERS, Net, assert_score, batches_for, by_row, per_example_truth, scores_of
-from test_quantised import TARGETS, dequantised_model, float_llama
-from tiny_models import llama, lm_batches, names_of, per_example_scores, token_batch
+from fim_lora.fisher.gradients.norms import gram_squared_norms, materialized_squared_norms, squared_norms
+from fim_lora.fisher.gradients.products import multiplies_uncopied
+from fim_lora.fisher.gradients.sketch import WIDTH, Sketch, random_signs, sketched_squared_norms
+from helpers.llama_calibration import assert_scores
+from helpers.quantized_models import TARGETS, dequantized_model, float_llama
+from helpers.single_layers import LAYERS, Net, assert_score, batches_for, by_row, per_example_truth, scores_of
+from helpers.tiny_models import llama, lm_batches, names_of, per_example_scores, token_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 GPU = torch.device("cuda")
-FORMS = [gram_squared_norms, materialised_squared_norms, squared_norms]
+FORMS = [gram_squared_norms, materialized_squared_norms, squared_norms]
 HALF = [torch.float16, torch.bfloat16]
 LONG = 150
 
@@ -73,7 +68,7 @@ def test_cancelling_gradients_stay_exact(dtype):
 @pytest.mark.parametrize("dtypes", [(a, b) for a in (*HALF, torch.float32) for b in (*HALF, torch.float32)])
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_the_projection_is_that_of_the_signs(dtypes, one_by_one):
-    """Of both dtypes of input and gradient, and with sums beyond the range of float16."""
+    """For both dtypes of input and gradient, and with sums beyond the range of float16."""
     (x, _), (_, g) = (pair(3, 150, 24, 40, dtype) for dtype in dtypes)
     x *= 1000
     generator = Sketch("layer", 0).generator(GPU)
@@ -88,13 +83,13 @@ def through_projection(x, g, bound):
     return sketched_squared_norms(x, g, Sketch("a", 0), bound)
 
 
-@pytest.mark.parametrize("form", [gram_squared_norms, materialised_squared_norms, through_projection])
+@pytest.mark.parametrize("form", [gram_squared_norms, materialized_squared_norms, through_projection])
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
 @pytest.mark.parametrize("shape", [(4, 2048, 1024, 1024), (1, 4096, 512, 4096)])
 def test_temporary_memory_is_bounded(form, dtype, shape):
     x, g = pair(*shape, dtype)
     bound = 2**24
-    form(x, g, bound)  # the workspace of the linear-algebra library stays
+    form(x, g, bound)  # the workspace of the linear-algebra library stays allocated
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     form(x, g, bound)
@@ -109,7 +104,7 @@ def test_half_precision_is_not_copied():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     squared_norms(x, g)
-    # Two Gram matrices in float32, and no x in float32 beside them.
+    # Two Gram matrices in float32, and no copy of x in float32.
     assert torch.cuda.max_memory_allocated() - before < 2 * 512**2 * 4 + x.numel() * 2
 
 
@@ -139,7 +134,7 @@ def fim_model(base, batches, **options):
 
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
 def test_whole_models_equal_autograd(dtype, rel):
-    """In half precision to what the passes themselves lose."""
+    """In half precision, up to the rounding of the passes themselves."""
     batches = to_gpu(lm_batches(2))
     base = llama().to(GPU, dtype)
     truth = truth_of(base, batches, *TARGETS)
@@ -163,7 +158,7 @@ def test_long_examples_are_projected():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_a_loop_of_ones_own(dtype, checkpointing):
-    """Hooks, autocast with a gradient scaler, checkpointing; then the adapter trains with the optimizer of before."""
+    """Hooks, autocast with a gradient scaler, checkpointing; then the adapter trains with the existing optimizer."""
     batches = to_gpu(lm_batches(2))
     truth = truth_of(llama(), batches, *TARGETS)
     model = fim_model(llama().to(GPU), 2)
@@ -195,7 +190,7 @@ def test_a_loop_of_ones_own(dtype, checkpointing):
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 @pytest.mark.parametrize(
-    ("quantisation", "rel"),
+    ("quantization", "rel"),
     [
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}, 1e-4),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}, 5e-2),
@@ -203,15 +198,15 @@ def test_a_loop_of_ones_own(dtype, checkpointing):
     ],
     ids=["nf4", "nf4 bfloat16", "int8"],
 )
-def test_quantised_models_equal_autograd_of_the_dequantised(tmp_path, quantisation, rel):
-    """Int8 quantises the activations, too, which the dequantised model does not."""
+def test_quantised_models_equal_autograd_of_the_dequantised(tmp_path, quantization, rel):
+    """Int8 also quantizes the activations, which the dequantized model does not."""
     float_llama().save_pretrained(tmp_path)
-    quantised = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(**quantisation), dtype=torch.float32, device_map={"": 0}
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**quantization), dtype=torch.float32, device_map={"": 0}
     )
     batches = to_gpu(lm_batches(2))
-    truth = truth_of(dequantised_model(quantised), batches, *TARGETS)
-    model = fim_model(quantised, 2)
+    truth = truth_of(dequantized_model(quantized), batches, *TARGETS)
+    model = fim_model(quantized, 2)
     scores = get_fim_scores(model, batches, show_progress_bar=False)
     assert_scores(scores, truth, rel)
     initialize_lora_fim_ranks(model, fim_scores=scores)
@@ -220,7 +215,7 @@ def test_quantised_models_equal_autograd_of_the_dequantised(tmp_path, quantisati
 
 
 def test_layers_on_two_devices():
-    """The head on the host: norms of both come together."""
+    """The head is on the host: norms of both devices are combined."""
 
     class Split(nn.Module):
         def __init__(self):

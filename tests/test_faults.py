@@ -1,6 +1,6 @@
-"""What goes wrong during the calibration: the state is that before it, and the next call knows nothing of it.
+"""Failures during the calibration: the model is restored, and the next call is not affected.
 
-The truth is autograd, one example at a time, in float64, and a model to which nothing happened.
+The references are autograd, one example at a time, in float64, and a model without a failure.
 """
 
 import copy
@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
-from tiny_models import bert, class_batch, llama, lm_batches, per_example_scores, token_batch
+from helpers.tiny_models import bert, class_batch, llama, lm_batches, per_example_scores, token_batch
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -71,7 +71,7 @@ def require_same_state(model, before):
 
 
 def result_of(model, batches):
-    """Scores, ranks and new weights of a call to which nothing happens."""
+    """Scores, ranks and new weights of a call without a failure."""
     torch.manual_seed(5)
     allocation = initialize_lora_fim_ranks(model, batches, show_progress_bar=False)
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
@@ -86,7 +86,7 @@ def require_same_result(model, batches):
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
-# --- The dataloader ----------------------------------------------------------------------------------------------
+# --- The dataloader ---
 
 
 def after_one(faulty):
@@ -106,7 +106,7 @@ LOADER_FAULTS = {
     "worker dies": (lambda: RuntimeError("DataLoader worker (pid 7) is killed"), RuntimeError, "worker"),
     "interrupted": (KeyboardInterrupt, KeyboardInterrupt, ""),
     "wrong keys": (lambda: {f"my_{key}": value for key, value in token_batch().items()}, ValueError, "input_ids"),
-    "no labels": (lambda: without(token_batch(), "labels"), ValueError, "loss=None: the batches need labels"),
+    "no labels": (lambda: without(token_batch(), "labels"), ValueError, "loss=None: put labels into the batches"),
     "no inputs": (lambda: without(token_batch(), "input_ids"), ValueError, "input_ids"),
     "nothing": (lambda: None, Exception, ""),
     "text": (lambda: "a sentence", Exception, ""),
@@ -173,7 +173,7 @@ def require_truth(scores, batches):
 
 def test_a_dataloader_that_ends_early():
     batches = lm_batches(2)
-    with pytest.warns(UserWarning, match="yielded 2 batches where fim_calibration_batches=5 were asked for"):
+    with pytest.warns(UserWarning, match="yielded 2 batches, but fim_calibration_batches=5"):
         scores = scores_of(batches, 5)
     assert scores.num_batches == 2
     require_truth(scores, batches)
@@ -223,7 +223,7 @@ def test_nothing_but_padding():
     require_same_result(model, lm_batches())
 
 
-# --- The loss ----------------------------------------------------------------------------------------------------
+# --- The loss ---
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -259,7 +259,7 @@ def test_a_loss_that_is_never_finite(own_loop):
     before = state_of(model)
     with pytest.raises(RuntimeError, match="All 3 calibration batches had a loss or gradients that are not finite"):
         initialize_lora_fim_ranks(model, **arguments, show_progress_bar=False)
-    if not own_loop:  # else gradients are not equal to themselves
+    if not own_loop:  # NaN gradients are not equal to themselves
         require_same_state(model, before)
     require_same_result(model, lm_batches())
 
@@ -275,7 +275,7 @@ def test_labels_of_classes_that_the_head_does_not_have():
     require_same_state(model, before)
 
 
-# --- Memory and interruption inside of a pass --------------------------------------------------------------------
+# --- Memory and interruption inside of a pass ---
 
 
 class Fault:
@@ -322,7 +322,7 @@ def test_a_failure_inside_of_a_pass_leaves_no_trace(where, error, at):
 @PASSES
 @ERRORS
 def test_an_own_loop_that_goes_on_after_a_failure(where, error):
-    # What people write: catch it, free what can be freed, go on with the next batch.
+    # A common pattern: catch the error, free memory, and continue with the next batch.
     batches = lm_batches(3)
     model = fim_model(2).eval()
     fault = Fault(middle_of(model), where, error, at=2)
@@ -352,12 +352,12 @@ def test_an_own_loop_that_tries_again_with_half_a_batch(where):
 
 
 def test_a_failure_between_the_calibration_and_the_new_weights(monkeypatch):
-    import fim_lora.peft_integration as integration
+    from fim_lora.adapter import resize
 
     model = fim_model()
     before = state_of(model)
     rebuilt = []
-    original = integration._rebuild
+    original = resize.resize_layer
 
     def fail_at_the_third(*args):
         rebuilt.append(args)
@@ -365,7 +365,7 @@ def test_a_failure_between_the_calibration_and_the_new_weights(monkeypatch):
             raise OUT_OF_MEMORY
         return original(*args)
 
-    monkeypatch.setattr(integration, "_rebuild", fail_at_the_third)
+    monkeypatch.setattr(resize, "resize_layer", fail_at_the_third)
     with pytest.raises(torch.OutOfMemoryError):
         initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
     monkeypatch.undo()

@@ -1,12 +1,14 @@
-"""Files that somebody else wrote: damaged, of the future, or made to do harm.
+"""Untrusted files: damaged, from a future version, or malicious.
 
-Whatever stands in them, the result is an `InvalidFileError` or an object that can be used, soon, and nothing outside
-of the folder is touched. The command runs in a process of its own, whose time limit is no measurement: it only turns
-an endless run into a failed test.
+Whatever their content, reading them ends quickly, in an `InvalidFileError` or in a usable object, and nothing outside
+of the folder is touched. The command runs in a separate process. Its time limit is not a measurement: it only turns an
+endless run into a failed test.
 """
 
 import contextlib
 import copy
+import csv
+import io
 import json
 import math
 import os
@@ -20,7 +22,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from fim_lora import FimConfig, FimScores, LayerScore, RankAllocation
-from fim_lora.json_files import InvalidFileError
+from fim_lora.report.exports import export
+from fim_lora.runtime.checked_json import InvalidFileError
 
 LAYERS = ["encoder.layers.0.q_proj", "encoder.layers.0.v_proj", "encoder.layers.1.q_proj", "head"]
 TIME_LIMIT = 300
@@ -60,13 +63,12 @@ def is_integer(value, at_least):
 
 
 def require_sound(value):
-    """What any reader of the object may rely on."""
+    """Checks the properties that any reader of the object may rely on."""
     measured = value.scores if isinstance(value, RankAllocation) else value
     assert is_integer(measured.num_batches, 0)
     for name, score in measured.items():
         assert name
         assert name.isprintable()
-        assert not name.startswith(("=", "+", "-", "@"))
         assert 0 <= score.mean < math.inf
         assert all(is_integer(size, 1) for size in (*score.shape, score.parameters_per_rank, score.rank_step))
     if isinstance(value, FimScores):
@@ -79,6 +81,20 @@ def require_sound(value):
     assert is_integer(value.budget, 0)
     assert is_integer(value.budget_used, 0)
     assert str(value)
+    require_no_formula_in_the_table(value)
+
+
+FORMULA_STARTS = ("=", "+", "-", "@")
+
+
+def require_no_formula_in_the_table(value):
+    """A spreadsheet evaluates cells that start like a formula."""
+    if any(name.startswith(FORMULA_STARTS) for name in value.ranks):
+        with pytest.raises(ValueError, match="would evaluate the layer name"):
+            export(value, LoraConfig(), "csv")
+        return
+    rows = csv.reader(io.StringIO(export(value, LoraConfig(), "csv")))
+    assert not any(row[0].startswith(FORMULA_STARTS) for row in rows)
 
 
 def require_error_or_sound_object(kind, data, place):
@@ -193,20 +209,19 @@ def test_the_same_hostile_name_everywhere(texts, place, data):
     ("old", "new", "message"),
     [
         ('"r": 4', '"r": 1e999', "inf"),
-        ('"r": 4', '"r": NaN', "NaN is no number of JSON"),
-        ('"r": 4', '"r": 4.0', "4.0 is no integer"),
-        ('"r": 4', '"r": true', "True is no integer"),
+        ('"r": 4', '"r": NaN', "NaN is not a JSON number"),
+        ('"r": 4', '"r": 4.0', "4.0 is not an integer"),
+        ('"r": 4', '"r": true', "True is not an integer"),
         ('"r": 4', '"r": 0', "0 is not between 1 and"),
         ('"r": 4', f'"r": {10**400}', "is not between 1 and"),
         ('"r": 4', f'"r": 1{"0" * 5000}', "not a JSON file"),
-        ('"r": 4', '"r": 4, "r": 4', "a key is there twice"),
+        ('"r": 4', '"r": 4, "r": 4', "a key appears twice"),
         ('"use_rslora": false', '"use_rslora": "false"', "neither true nor false"),
-        ('"schema_version": 1', '"schema_version": 2', "schema_version 2, this fim-lora reads up to 1: upgrade"),
+        ('"schema_version": 1', '"schema_version": 2', "schema_version 2, but this fim-lora reads up to 1: upgrade"),
         ('"schema_version": 1', f'"schema_version": {10**400}', "upgrade fim-lora"),
         ('"provenance": {}', f'"provenance": {"[" * 100_000}{"]" * 100_000}', "not a JSON file"),
-        ('"head"', '"\\u001b[2J"', "is no name of a layer"),
-        ('"head"', '"=HYPERLINK(1)"', "is no name of a layer"),
-        ('"head"', '"\\ud800"', "is no name of a layer"),
+        ('"head"', '"\\u001b[2J"', "is not the name of a layer"),
+        ('"head"', '"\\ud800"', "is not the name of a layer"),
     ],
 )
 def test_what_the_error_says(texts, tmp_path, old, new, message):
@@ -218,7 +233,8 @@ def test_what_the_error_says(texts, tmp_path, old, new, message):
         RankAllocation.load(path)
 
 
-# --- The command -------------------------------------------------------------------------------------------------
+# --- The command ---
+
 
 RUN = """
 import contextlib, io, json, sys
@@ -266,6 +282,19 @@ def change_adapter_config(folder, **changes):
 
 def snapshot(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and not path.is_symlink()}
+
+
+@pytest.mark.parametrize("start", FORMULA_STARTS)
+def test_a_name_that_a_spreadsheet_would_evaluate_is_in_no_table(tmp_path, start):
+    name = f"{start}HYPERLINK(1)"
+    folder, table = write_folder(tmp_path / "out", renamed([name, "layers.0.a"])), tmp_path / "ranks.csv"
+    commands = [("show", folder), *(("export", folder, "--format", kind) for kind in ("axolotl", "peft"))]
+    commands += [("export", folder, "--format", "csv", "--output", table)]
+    *others, (code, out, err) = run_commands(commands, tmp_path)
+    assert [(code, err) for code, _, err in others] == [(0, "")] * 3
+    assert (code, out) == (1, "")
+    assert f"would evaluate the layer name {name!r} as a formula: export to another format" in err
+    assert not table.exists()
 
 
 EVIL = "(a+)+$"
@@ -343,7 +372,7 @@ def test_hostile_folders_end_in_one_line(tmp_path):
         "no-mapping": {"rank_pattern": ["head"]},
     }.items():
         attack(name, lambda folder, changes=changes: change_adapter_config(folder, **changes), *export)
-    # The evil key would be tried against this name.
+    # The evil key would be matched against this name.
     folder = write_folder(tmp_path / "evil-name", renamed([EVIL_NAME, "head"]))
     change_adapter_config(folder, rank_pattern={EVIL: 3})
     commands.append((*export, folder))
@@ -362,7 +391,7 @@ def test_hostile_folders_end_in_one_line(tmp_path):
 
 
 def test_hostile_targets_of_the_adapter_config_are_not_tried(tmp_path):
-    # They stay what they are, for PEFT and for who reads them; nothing is matched, imported or loaded here.
+    # The values are kept unchanged for PEFT and for readers. Nothing is matched, imported or loaded here.
     folder = write_folder(tmp_path / "out", renamed([EVIL_NAME, "head"]))
     hostile = {"base_model_class": "system", "parent_library": "os"}
     change_adapter_config(folder, target_modules=EVIL, auto_mapping=hostile, base_model_name_or_path="../../x")

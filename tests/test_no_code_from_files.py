@@ -1,4 +1,4 @@
-"""No file of ours can carry code: nothing in the package unpickles, evaluates or imports what a file says."""
+"""No file of fim_lora can carry code: the package never unpickles, evaluates or imports the content of a file."""
 
 import ast
 from pathlib import Path

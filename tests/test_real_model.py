@@ -47,7 +47,7 @@ def test_scores_equal_autograd_and_ranks_are_usable(smollm2):
         gradients = torch.autograd.grad(share, weights)
         values[row] = torch.stack([gradient.double().square().mean() for gradient in gradients])
     for name, value in zip(names, values.mean(0), strict=True):
-        # Both sides run the network in float32.
+        # Both computations run the network in float32.
         assert scores[name].mean == pytest.approx(value.item(), rel=1e-4)
 
     allocation = RankAllocation.from_scores(scores, config)

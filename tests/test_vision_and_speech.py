@@ -1,4 +1,4 @@
-"""Vision, speech and diffusion models, made to hold an adapter in each library's own way.
+"""Vision, speech and diffusion models with an adapter, added in the way of each library.
 
 Scores are compared with per-example gradients by autograd in float64; saved adapters are loaded by the stock libraries
 in a second process.
@@ -31,12 +31,14 @@ from transformers import (
 )
 
 from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
-from fim_lora.examples import UnattributableError, by_example
-from test_initialization import hooks_of, lora_layers, randomise
+from fim_lora.fisher.layers.attribution import UnattributableError, by_example
+from helpers.adapters import hooks_of, lora_layers, randomize
 
 BATCH, BATCHES, RANK, WORDS = 3, 2, 4, 20
 
+
 # --- Models ---
+
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "initializer_range": 0.2, **LAYERS}
@@ -68,7 +70,7 @@ def whisper():
 def wav2vec2():
     features = {"conv_dim": (8, 8), "conv_stride": (3, 2), "conv_kernel": (5, 3), "num_feat_extract_layers": 2}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    options = {"feat_extract_norm": "layer", "ctc_loss_reduction": "mean"}  # the first as where masks are used
+    options = {"feat_extract_norm": "layer", "ctc_loss_reduction": "mean"}  # the layer norm is required for masks
     return Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=WORDS, **features, **positions, **options, **SMALL))
 
 
@@ -97,7 +99,7 @@ def integers(generator, low, high, *shape):
 
 
 def words(generator):
-    """Every example has another number of tokens."""
+    """Every example has a different number of tokens."""
     ids = integers(generator, 3, WORDS, 6)
     return torch.where(torch.arange(6) < torch.tensor([[6], [3], [4]]), ids, -100)
 
@@ -198,7 +200,7 @@ class Case:
         return LoraConfig(init_lora_weights="fim", fim_config=FimConfig(BATCHES, score_exponent=0.5), **options)
 
     def loss(self, model, batch):
-        """The `forward_fn`: of a diffusion model the error of the noise that it predicts."""
+        """The `forward_fn`. The loss of a diffusion model is the error of the predicted noise."""
         output = model(**self.inputs(batch))
         return output.loss if "labels" in batch else F.mse_loss(output.sample, batch["noise"])
 
@@ -225,7 +227,7 @@ def truth(kind):
     case, values = CASES[kind], {}
     model = case.model()
     for module in model.modules():
-        if is_parametrized(module):  # by weight normalisation; the adapter is added to the product
+        if is_parametrized(module):  # by weight normalization; the adapter is added to the product
             remove_parametrizations(module, "weight")
     weights = {name: module.weight for name, module in model.named_modules() if name.endswith(tuple(case.targets))}
     for batch in case.batches():
@@ -313,7 +315,7 @@ def test_scores_ranks_and_output_of_an_adapter(kind, way, own_loop):
 
 
 def test_the_convolutions_of_whisper_can_be_scored_but_not_adapted_by_any_peft():
-    """If this fails, PEFT or transformers has made it possible: move them to the case above."""
+    """If this fails, PEFT or transformers supports it now: move the convolutions to the case above."""
     case = CASES["convolutions of whisper"]
     for config in (LoraConfig(target_modules=case.targets), case.config()):
         model = get_peft_model(case.model(), config)
@@ -342,13 +344,13 @@ def test_windows_with_as_many_positions_as_examples_are_said_to_be_approximate()
 
 
 def test_weights_of_diffusers_without_a_config_need_an_alpha_of_r():
-    """Scripts of diffusers write such files; what diffusers takes for alpha then is the rank of each layer."""
+    """Scripts of diffusers write such files. diffusers then uses the rank of each layer as alpha."""
     differences = {}
     for alpha in (RANK, 2 * RANK):
         model = CASES["unet"].model()
         model.add_adapter(CASES["unet"].config(lora_alpha=alpha))
         allocate("unet", model.eval())
-        randomise(model)
+        randomize(model)
         loaded = CASES["unet"].model()
         loaded.load_lora_adapter(get_peft_model_state_dict(model), prefix=None)
         differences[alpha] = (output_of("unet", loaded) - output_of("unet", model)).abs().max().item()
@@ -357,6 +359,7 @@ def test_weights_of_diffusers_without_a_config_need_an_alpha_of_r():
 
 
 # --- The second process ---
+
 
 STOCK = """
 import importlib, json, pathlib, sys, traceback, warnings
@@ -379,7 +382,7 @@ def by_library(base, folder):
     if type(base).__module__.startswith("diffusers"):
         base.load_lora_adapter(folder, prefix=None, use_safetensors=True)
         return base
-    if type(base).__name__ == "Wav2Vec2ForCTC":  # whose own `load_adapter` is one for languages
+    if type(base).__name__ == "Wav2Vec2ForCTC":  # its own `load_adapter` loads adapters for languages
         return by_peft(base, folder)
     return type(base).from_pretrained(folder, dtype=torch.float64)  # the base model and the adapter on it
 
@@ -389,7 +392,7 @@ def check(folder, module, name, way):
     base = getattr(importlib.import_module(library), name).from_pretrained(folder / "base", torch_dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # Of transformers about itself, and of PEFT about grouped convolutions, whatever adapter is loaded.
+        # transformers raises one about itself, and PEFT one about grouped convolutions, for any adapter.
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         warnings.filterwarnings("ignore", "LoRA adapter added to ConvNd layer with groups > 1")
         model = globals()[way](base, folder / "adapter").eval()
@@ -430,7 +433,7 @@ def test_saved_adapters_give_equal_outputs_in_the_stock_libraries(tmp_path):
         model = adapted(kind, way, base)
         allocate(kind, model)
         before = output_of(kind, model)
-        randomise(model)
+        randomize(model)
         output = output_of(kind, model)
         assert (output - before).abs().max() > 0.01
         save(model, folder / "adapter", way)

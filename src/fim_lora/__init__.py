@@ -1,19 +1,21 @@
 """LoRA ranks from the empirical Fisher information, as an ordinary PEFT adapter.
 
-Importing this package teaches PEFT the initialisation `"fim"`: `LoraConfig(init_lora_weights="fim",
+Importing this package teaches PEFT the initialization `"fim"`: `LoraConfig(init_lora_weights="fim",
 fim_config=FimConfig(...))`.
 """
 
 from importlib.metadata import version as _version
 
-from .allocation import allocate_ranks
+from .adapter.install import install as _install
 from .config import FimConfig
-from .initialization import get_fim_scores, initialize_lora_fim_ranks
-from .json_files import InvalidFileError
-from .peft_integration import install as _install
+from .fisher.layers import register_layer_type
+from .fisher.scores import FimScores, LayerScore
+from .initialization import initialize_lora_fim_ranks
 from .rank_allocation import RankAllocation
-from .scores import FimScores, LayerScore
-from .trainer import initialize_lora_fim_ranks_for_trainer
+from .ranks.allocate import allocate_ranks
+from .runtime.checked_json import InvalidFileError
+from .scoring import get_fim_scores
+from .trainer.initialize import initialize_lora_fim_ranks_for_trainer
 
 __version__ = _version("fim-lora")
 
@@ -27,6 +29,7 @@ __all__ = [
     "get_fim_scores",
     "initialize_lora_fim_ranks",
     "initialize_lora_fim_ranks_for_trainer",
+    "register_layer_type",
 ]
 
 _install(

@@ -1,15 +1,26 @@
-"""`FimConfig`: how ranks are decided from the eFIM."""
+"""`FimConfig`: how ranks are decided from the eFIM; and the names of PEFT's initializations."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from .allocation import BUDGETS, DEFAULT_SCORE_EXPONENT, Budget
+Budget = Literal["rank", "parameters"]
 
-# PEFT's own names. Others need a preparation of their own, or make another layer.
-INITIALISATIONS = ("gaussian", "orthogonal", "pissa", "olora", "eva")
+BUDGETS: tuple[str, ...] = get_args(Budget)
+
+# Plain proportionality, as in the proposal; every default of a score exponent refers to this one.
+DEFAULT_SCORE_EXPONENT = 1.0
+
+# The proposal's r_max=32 for r=8.
+DEFAULT_R_MAX_FACTOR = 4
+
+# PEFT's own names. PEFT's other names need a separate preparation or create a different layer.
+INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "olora", "eva")
+
+_PISSA_WITH_ITERATIONS = re.compile(r"pissa_niter_[1-9]\d*")
 
 
 @dataclass
@@ -19,28 +30,29 @@ class FimConfig:
     The defaults are those of the proposal to PEFT; `docs/evidence.md` compares each with its alternatives.
 
     Args:
-        fim_calibration_batches: Number of batches from which the eFIM is averaged; at least 1.
-        r_min: Smallest rank of a layer. 0 lets a layer lose its adapter; it then disappears from
+        fim_calibration_batches: Number of batches over which the eFIM is averaged; at least 1.
+        r_min: Smallest rank of a layer; at least 0. With 0 a layer can lose its adapter. It is then removed from
             `target_modules`, as with EVA.
         r_max: Largest rank of a layer; at least 1 and `r_min`. `None` means four times the layer's base rank
             (32 for `r=8`).
         adjust_scaling_factors: If `True`, `lora_alpha` of a layer whose base rank r became r_i is multiplied by
             `r_i / r`, as with EVA, or by `sqrt(r_i / r)` with `use_rslora`, so that the layer keeps its scaling. (EVA
-            multiplies by `r_i / r` with `use_rslora`, too, and so changes the scaling there.) If `False`,
-            `lora_alpha` stays and the scaling follows from the new rank.
-        budget: What stays what it was with uniform ranks: `"rank"`, the sum of ranks, or `"parameters"`, the
-            number of entries of A and B. Choose `"parameters"` to compare with uniform LoRA at equal size when layers
-            differ in shape.
+            multiplies by `r_i / r` also with `use_rslora`, which changes the scaling.) If `False`, `lora_alpha`
+            stays and the scaling follows from the new rank.
+        budget: The quantity that stays the same as with uniform ranks: `"rank"`, the sum of ranks, or `"parameters"`,
+            the number of entries of A and B. Choose `"parameters"` to compare with uniform LoRA at equal size when
+            layers differ in shape.
         score_exponent: Ranks are proportional to `score ** score_exponent`. 1 is plain proportionality; a value
             below 1 softens the allocation; it must be positive.
-        init_lora_weights: PEFT's initialisation, applied at the final ranks: `True`, `False`, `"gaussian"`,
-            `"orthogonal"` (ranks are even then), `"pissa"`, `"pissa_niter_[number of iterations]"`, `"olora"`, or
-            `"eva"`, which takes only its directions from EVA, and for that needs the dataloader.
-        exact: Whether the gradients of linear layers are read exactly however long the examples are. If `False`, they
-            are up to 128 positions, and up to an eighth of the width of wider layers (512 positions at a width of
-            4,096); longer examples are read through a random projection of width 16, which costs a small part of
-            the exact norm. The estimate has no bias, its standard deviation is at most 35 % of the value for one
-            example and falls with the root of the number of examples, and the reported standard error has it in it.
+        init_lora_weights: PEFT's initialization, applied at the final ranks: `True`, `False`, `"gaussian"`,
+            `"orthogonal"` (all ranks are then even), `"pissa"`, `"pissa_niter_[number of iterations]"`, `"olora"`, or
+            `"eva"`, which takes only the directions from EVA and needs the dataloader for them.
+        exact: Whether the gradients of linear layers are read exactly for examples of any length. If `False`, they are
+            exact for examples of up to 128 positions, and of up to an eighth of the width of wider layers (512
+            positions at a width of 4,096). Longer examples are read through a random projection of width 16, at a
+            small part of the cost of the exact norm. The estimate has no bias, its standard deviation is at most 35 %
+            of the value for one example and falls with the square root of the number of examples, and the reported
+            standard error includes it.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -53,12 +65,14 @@ class FimConfig:
     adjust_scaling_factors: bool = field(
         default=True, metadata={"help": "Rescale lora_alpha so that each layer keeps its scaling"}
     )
-    budget: Budget = field(default="rank", metadata={"help": "What is kept: 'rank' or 'parameters'"})
+    budget: Budget = field(
+        default="rank", metadata={"help": "What stays the same as with uniform ranks: 'rank' or 'parameters'"}
+    )
     score_exponent: float = field(
-        default=DEFAULT_SCORE_EXPONENT, metadata={"help": "Ranks are proportional to score ** exponent"}
+        default=DEFAULT_SCORE_EXPONENT, metadata={"help": "Ranks are proportional to score ** score_exponent"}
     )
     init_lora_weights: bool | str = field(
-        default=True, metadata={"help": "PEFT's initialisation, applied at the final ranks"}
+        default=True, metadata={"help": "PEFT's initialization, applied at the final ranks"}
     )
     exact: bool = field(default=False, metadata={"help": "Read the gradients of long examples exactly, too"})
 
@@ -68,7 +82,7 @@ class FimConfig:
         if self.r_max is not None:
             _require_int("r_max", self.r_max, at_least=1)
             if self.r_max < self.r_min:
-                raise ValueError(f"r_max={self.r_max} is below r_min={self.r_min}; swap or widen the bounds.")
+                raise ValueError(f"r_max={self.r_max} is below r_min={self.r_min}: swap or widen the bounds.")
         _require_bool("adjust_scaling_factors", self.adjust_scaling_factors)
         _require_bool("exact", self.exact)
         if self.budget not in BUDGETS:
@@ -77,7 +91,12 @@ class FimConfig:
             raise TypeError(f"score_exponent must be a number, got {self.score_exponent!r}.")
         if not (math.isfinite(self.score_exponent) and self.score_exponent > 0):
             raise ValueError(f"score_exponent must be positive and finite, got {self.score_exponent!r}.")
-        _require_initialisation(self.init_lora_weights)
+        _require_initialization(self.init_lora_weights)
+
+
+def changes_base_weight(init_lora_weights: bool | str) -> bool:
+    """Whether this initialization of PEFT subtracts the adapter from the base weight, as PiSSA and OLoRA do."""
+    return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
 
 
 def _require_int(name: str, value: object, at_least: int) -> None:
@@ -92,13 +111,13 @@ def _require_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
-def _require_initialisation(value: object) -> None:
+def _require_initialization(value: object) -> None:
     if isinstance(value, bool):
         return
     if not isinstance(value, str):
         raise TypeError(f"init_lora_weights must be True, False or a name, got {value!r}.")
-    if value not in INITIALISATIONS and not re.fullmatch(r"pissa_niter_[1-9]\d*", value):
-        names = ", ".join(map(repr, INITIALISATIONS))
+    if value not in INITIALIZATIONS and not _PISSA_WITH_ITERATIONS.fullmatch(value):
+        names = ", ".join(map(repr, INITIALIZATIONS))
         raise ValueError(
             f"init_lora_weights of FimConfig must be True, False, {names} or 'pissa_niter_[number of iterations]', "
             f"got {value!r}."

@@ -19,9 +19,11 @@ from peft import LoraConfig
 from rich.console import Console
 
 from ..config import FimConfig
-from ..initialization import get_fim_scores
-from ..plotting import draw_rank_map
-from ..rank_allocation import RankAllocation, verify_patterns
+from ..rank_allocation import RankAllocation
+from ..ranks.allocation import ALLOCATION_FILE
+from ..report.rank_map import draw_rank_map
+from ..runtime.atomic import staged_files
+from ..scoring import get_fim_scores
 from .data import CalibrationData, load_data, require_data
 from .models import (
     PEFT_TASK_TYPES,
@@ -33,35 +35,28 @@ from .models import (
     load_tokenizer,
     require_fitting_tokens,
 )
-from .output import ALLOCATION, FILES, RANK_MAP, require_writable, staged
+from .output import OUTPUT_FILES, RANK_MAP, require_writable
 from .summary import print_summary
-from .tokenisation import Examples, tokenise
+from .tokenization import Examples, tokenize
 
-_VERSIONS_OF = ("fim-lora", "peft", "transformers", "torch", "datasets")
+_RECORDED_PACKAGES = ("fim-lora", "peft", "transformers", "torch", "datasets")
 
 
 @dataclass(frozen=True)
 class AllocateOptions:
-    """The options of `fim-lora allocate`, checked as far as they can be without reading anything.
+    """The options of `fim-lora allocate`, checked as far as possible without reading the model or the data.
 
     Attributes:
         model: Hub id, folder or GGUF file.
-        data: File or data set of the hub.
-        output: The output folder.
-        overwrite: Whether our files in it may be replaced.
+        data: Data file, or dataset on the Hub.
+        overwrite: Whether files of an earlier run in `output` may be replaced.
         r: Rank of uniform LoRA.
-        lora_alpha: `lora_alpha` of the config.
-        target_modules: As for `LoraConfig`; `None` for PEFT's default for the architecture.
-        fim_config: How ranks are decided.
-        batch_size: Examples in a batch.
-        max_length: Tokens of an example, at most.
-        task: What the model is trained for.
-        split: Split of the data.
-        subset: Configuration of a data set of the hub.
-        column_names: Role to column name, as far as given.
-        dtype: `"auto"` or name of a torch dtype.
-        device: Where to calibrate.
-        seed: Decides which examples are drawn, and the values of a new classification head.
+        target_modules: As for `LoraConfig`; `None` means PEFT's default for the architecture.
+        max_length: Maximum number of tokens of an example.
+        subset: Configuration of a dataset on the Hub that has several.
+        column_names: Role to column name, for the columns that were assigned.
+        dtype: `"auto"` or the name of a torch dtype.
+        seed: Decides which examples are drawn, and the initial values of a new classification head.
         serving: Whether `r` and `lora_alpha` are written for servers; see `RankAllocation.to_lora_config`.
     """
 
@@ -85,14 +80,10 @@ class AllocateOptions:
     serving: bool
 
     def lora_config(self, model_name: str) -> LoraConfig:
-        """The config of the adapter that awaits its ranks.
+        """The adapter config before allocation.
 
-        Args:
-            model_name: What the model calls itself; PEFT warns if it is another name than in the config. For a GGUF
-                file it is the folder.
-
-        Returns:
-            The config.
+        `model_name` is the model's `name_or_path`, which is the folder of a GGUF file; PEFT warns if the config names
+        another model.
         """
         return LoraConfig(
             r=self.r,
@@ -106,19 +97,7 @@ class AllocateOptions:
 
 
 def allocate(options: AllocateOptions, console: Console) -> None:
-    """Calibrate, allocate, write the output folder and print the summary.
-
-    Args:
-        options: The options.
-        console: Where the summary goes.
-
-    Raises:
-        CommandError: If something is wrong with model, data or output folder.
-        OSError: If something cannot be read or written.
-        ValueError: If model and options do not fit; see `get_fim_scores` and `RankAllocation.from_scores`.
-        TypeError: If a layer's class is not supported.
-        RuntimeError: If the calibration gives no usable gradient.
-    """
+    """Calibrate, allocate, write the output folder and print the summary on `console`."""
     show_progress_bars = sys.stderr.isatty()
     require_writable(options.output, options.overwrite)
     source = find_model(options.model)
@@ -128,21 +107,14 @@ def allocate(options: AllocateOptions, console: Console) -> None:
         with times.measure("loading"):
             data = load_data(options.data, options.split, options.subset, options.task, options.column_names)
             tokenizer = load_tokenizer(source)
-        with times.measure("tokenising"):
+        with times.measure("tokenizing"):
             count = options.fim_config.fim_calibration_batches * options.batch_size
-            examples = tokenise(data, tokenizer, count, options.max_length, options.seed, show_progress_bars)
+            examples = tokenize(data, tokenizer, count, options.max_length, options.seed, show_progress_bars)
         with times.measure("loading"):
             # A classification head starts at random values, on which the scores depend.
             torch.manual_seed(options.seed)
-            model = load_model(
-                source,
-                options.task,
-                options.dtype,
-                options.device,
-                data.label_names,
-                tokenizer.pad_token_id,
-                show_progress_bars,
-            )
+            labels, pad_token_id, device = data.label_names, tokenizer.pad_token_id, options.device
+            model = load_model(source, options.task, options.dtype, device, labels, pad_token_id, show_progress_bars)
         require_fitting_tokens(model, examples.longest, examples.largest_id)
         config = options.lora_config(model.name_or_path)
         if config.target_modules is None:
@@ -152,7 +124,6 @@ def allocate(options: AllocateOptions, console: Console) -> None:
             scores = get_fim_scores(model, batches, config, show_progress_bar=show_progress_bars)
     allocation = RankAllocation.from_scores(scores, config)
     new_config = allocation.to_lora_config(config, serving=options.serving)
-    verify_patterns(new_config, allocation)
     _write(options, allocation, new_config, _provenance(options, source, model, data))
     print_summary(console, allocation, _facts(options, model, data, examples, times))
 
@@ -160,22 +131,22 @@ def allocate(options: AllocateOptions, console: Console) -> None:
 def _write(
     options: AllocateOptions, allocation: RankAllocation, config: LoraConfig, provenance: Mapping[str, Any]
 ) -> None:
-    with staged(options.output) as folder:
+    with staged_files(options.output) as folder:
         config.save_pretrained(str(folder))
-        allocation.save(folder / ALLOCATION, **provenance)
+        allocation.save(folder / ALLOCATION_FILE, **provenance)
         draw_rank_map(allocation, folder / RANK_MAP)
 
 
 def _provenance(options: AllocateOptions, source: ModelSource, model: Any, data: CalibrationData) -> dict[str, Any]:
     return {
-        "versions": {name: version(name) for name in _VERSIONS_OF} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in _RECORDED_PACKAGES} | {"python": platform.python_version()},
         "model": source.identity(model),
         "data": data.identity(),
         "task": options.task,
         "seed": options.seed,
         "max_length": options.max_length,
         "batch_size": options.batch_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(model),
         "device": str(options.device),
     }
 
@@ -184,21 +155,24 @@ def _facts(
     options: AllocateOptions, model: Any, data: CalibrationData, examples: Examples, times: _Stopwatch
 ) -> dict[str, str]:
     columns = ", ".join(f"{role} = {column!r}" for role, column in data.columns.items())
-    what = "text in blocks" if data.is_stream else f"{len(data.rows):,} rows, {columns}"
+    contents = "text in blocks" if data.is_stream else f"{len(data.rows):,} rows, {columns}"
     truncated = f"{examples.num_truncated} of {len(examples.examples)} examples to {options.max_length} tokens"
-    dtype = str(model.dtype).removeprefix("torch.")
     return {
-        "Model": f"{options.model} ({type(model).__name__}, {dtype}, {options.device})",
-        "Data": f"{data.name}, split {data.split}: {what}",
+        "Model": f"{options.model} ({type(model).__name__}, {_dtype_name(model)}, {options.device})",
+        "Data": f"{data.name}, split {data.split}: {contents}",
         "Truncated": truncated,
         "Time": str(times),
         "Peak memory": ", ".join(_peak_memory(options.device)),
-        "Written": f"{', '.join(FILES)} in {options.output}",
+        "Written": f"{', '.join(OUTPUT_FILES)} in {options.output}",
     }
 
 
+def _dtype_name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 class _Stopwatch:
-    """Seconds by stage; a stage may come in several parts."""
+    """Seconds per stage; a stage may have several parts."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -214,23 +188,23 @@ class _Stopwatch:
 
 
 def _peak_memory(device: torch.device) -> list[str]:
-    found = []
+    peaks = []
     try:
         import resource
     except ImportError:  # not on Windows
         pass
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # Kilobytes everywhere but on macOS.
-        found.append(f"{peak * (1 if sys.platform == 'darwin' else 1024) / 2**30:.2f} GiB in the process")
+        # macOS counts in bytes, other systems in kilobytes.
+        peaks.append(f"{peak * (1 if sys.platform == 'darwin' else 1024) / 2**30:.2f} GiB in the process")
     if device.type == "cuda":
-        found.append(f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
-    return found or ["unknown"]
+        peaks.append(f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
+    return peaks or ["unknown"]
 
 
 @contextmanager
 def _quiet_libraries(show_progress_bars: bool) -> Iterator[None]:
-    """Hide what libraries log below an error, and their progress bars if there is no terminal for them."""
+    """Hide log messages of libraries below errors, and their progress bars if stderr is not a terminal."""
     levels = transformers.utils.logging.get_verbosity(), datasets.utils.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
     try:

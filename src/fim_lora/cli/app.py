@@ -12,20 +12,26 @@ import typer
 from peft import LoraConfig
 
 from .. import __version__
-from ..allocation import BUDGETS, Budget
-from ..config import FimConfig
-from ..exports import FORMATS
-from ..plotting import draw_rank_map
+from ..config import BUDGETS, Budget, FimConfig
+from ..report.exports import FORMATS
+from ..report.rank_map import draw_rank_map
+from ..runtime.atomic import staged_files, write_text
 from .allocate import AllocateOptions, allocate
 from .data import ROLES
 from .errors import EXIT_INTERRUPTED, report, warnings_as_lines
 from .export import export_folder
 from .models import DTYPES, TASKS, Task
-from .output import RANK_MAP, read_allocation, require_writable_file, staged, write_text
+from .output import RANK_MAP, read_allocation, require_writable_file
 from .summary import make_console, print_summary
 
 _REGEX_CHARACTERS = frozenset(r"\^$*+?{}[]()|")
-_SERVING_HELP = "Write r and lora_alpha for servers that read nothing else, such as vLLM: r is the largest rank."
+_COLUMN_HELP = f"Column of the {', '.join(ROLES[:-1])} or {ROLES[-1]}, if it has another name; repeatable."
+_DATA_HELP = "A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a dataset on the Hub."
+_FORMAT_HELP = "A table, the LoRA part of a config for axolotl, or PEFT's adapter_config.json."
+_SERVING_HELP = "Write r and lora_alpha for servers that read only these, such as vLLM: r is then the largest rank."
+
+_Folder = Annotated[Path, typer.Argument(help="Folder that fim-lora allocate wrote.", metavar="DIR")]
+_Serving = Annotated[bool, typer.Option("--serving", help=_SERVING_HELP)]
 
 app = typer.Typer(
     name="fim-lora",
@@ -37,14 +43,7 @@ app = typer.Typer(
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; whatever happens is told in one line.
-
-    Args:
-        arguments: Arguments without the program name; `None` for those of the process.
-
-    Returns:
-        Exit code.
-    """
+    """Run the command line, report any error in one line, and return the exit code."""
     try:
         with warnings_as_lines():
             code = app(args=arguments, prog_name="fim-lora", standalone_mode=False)
@@ -52,7 +51,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return report(KeyboardInterrupt())
     except (Exception, KeyboardInterrupt) as error:
         return report(error)
-    # What typer makes of Ctrl-C, depending on its version, is this or `Abort`.
+    # Depending on its version, typer turns Ctrl-C into this code or into `Abort`.
     if code == EXIT_INTERRUPTED:
         return report(KeyboardInterrupt())
     return code if isinstance(code, int) else 0
@@ -75,32 +74,28 @@ def _main(
 
 @app.command("allocate")
 def _allocate(
-    model: Annotated[str, typer.Option(help="Id on the hub, folder, or GGUF file.", metavar="MODEL")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or name of a data set on the hub.",
-            metavar="DATA",
-        ),
-    ],
+    model: Annotated[str, typer.Option(help="Hub id, folder or GGUF file of the model.", metavar="MODEL")],
+    data: Annotated[str, typer.Option(help=_DATA_HELP, metavar="DATA")],
     output: Annotated[Path, typer.Option(help="Folder for the result.", metavar="DIR")],
     r: Annotated[int, typer.Option("-r", help="Rank that uniform LoRA would use.", metavar="N", min=1)] = LoraConfig.r,
     r_min: Annotated[
-        int, typer.Option(help="Smallest rank of a layer; 0 lets layers go without.", metavar="N", min=0)
+        int, typer.Option(help="Smallest rank of a layer; with 0, a layer may get no adapter.", metavar="N", min=0)
     ] = FimConfig.r_min,
     r_max: Annotated[
         int | None, typer.Option(help="Largest rank of a layer.", metavar="N", show_default="4 * r", min=1)
     ] = FimConfig.r_max,
     budget: Annotated[
-        str, typer.Option(help="What stays as with uniform ranks.", metavar="|".join(BUDGETS))
+        str, typer.Option(help="Total that stays the same as with uniform ranks.", metavar="|".join(BUDGETS))
     ] = FimConfig.budget,
     score_exponent: Annotated[
-        float, typer.Option(help="Ranks are proportional to score ** exponent; below 1 is softer.", metavar="X")
+        float, typer.Option(help="Ranks are proportional to score ** exponent; below 1, they vary less.", metavar="X")
     ] = FimConfig.score_exponent,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Read long examples exactly, too, not through a random projection.")
+        bool, typer.Option("--exact", help="Measure long examples exactly, too, without a random projection.")
     ] = FimConfig.exact,
-    lora_alpha: Annotated[int | None, typer.Option(help="lora_alpha.", metavar="N", show_default="r", min=1)] = None,
+    lora_alpha: Annotated[
+        int | None, typer.Option(help="lora_alpha of uniform LoRA.", metavar="N", show_default="r", min=1)
+    ] = None,
     target_modules: Annotated[
         str | None,
         typer.Option(
@@ -110,31 +105,28 @@ def _allocate(
         ),
     ] = None,
     batches: Annotated[
-        int, typer.Option(help="Calibration batches.", metavar="N", min=1)
+        int, typer.Option(help="Number of calibration batches.", metavar="N", min=1)
     ] = FimConfig.fim_calibration_batches,
-    batch_size: Annotated[int, typer.Option(help="Examples in a batch.", metavar="N", min=1)] = 4,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example, at most.", metavar="N", min=2)] = 512,
-    task: Annotated[str, typer.Option(help="What the model is trained for.", metavar="|".join(TASKS))] = TASKS[0],
+    batch_size: Annotated[int, typer.Option(help="Examples per batch.", metavar="N", min=1)] = 4,
+    max_length: Annotated[int, typer.Option(help="Maximum number of tokens per example.", metavar="N", min=2)] = 512,
+    task: Annotated[str, typer.Option(help="Task that the model is trained for.", metavar="|".join(TASKS))] = TASKS[0],
     split: Annotated[
-        str, typer.Option(help="Split of the data, or part of one: 'train[:1000]'.", metavar="NAME")
+        str, typer.Option(help="Split of the data, or a part of one, such as 'train[:1000]'.", metavar="NAME")
     ] = "train",
     subset: Annotated[
-        str | None, typer.Option(help="Configuration of a data set on the hub that has several.", metavar="NAME")
+        str | None, typer.Option(help="Configuration of a dataset on the Hub that has several.", metavar="NAME")
     ] = None,
-    column: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"Which column is the {', '.join(ROLES[:-1])} or {ROLES[-1]}, if it is not named so; repeatable.",
-            metavar="ROLE=NAME",
-        ),
-    ] = None,
+    column: Annotated[list[str] | None, typer.Option(help=_COLUMN_HELP, metavar="ROLE=NAME")] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the model.", metavar="|".join(DTYPES))] = DTYPES[0],
     device: Annotated[
-        str | None, typer.Option(help="Device.", metavar="NAME", show_default="cuda if there is one, else cpu")
+        str | None,
+        typer.Option(help="Device for calibration.", metavar="NAME", show_default="cuda if available, else cpu"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides which examples are drawn.", metavar="N")] = 0,
-    serving: Annotated[bool, typer.Option("--serving", help=_SERVING_HELP)] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace our files in the folder.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed for drawing the examples.", metavar="N")] = 0,
+    serving: _Serving = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier run in the folder.")
+    ] = False,
 ) -> None:
     """Measure how sensitive every layer is, and write a LoRA config with a rank for each."""
     _require_choice("--budget", budget, BUDGETS)
@@ -164,28 +156,19 @@ def _allocate(
 
 
 @app.command("show")
-def _show(
-    folder: Annotated[Path, typer.Argument(help="Folder that fim-lora allocate wrote.", metavar="DIR")],
-) -> None:
+def _show(folder: _Folder) -> None:
     """Print the ranks of an allocation, and draw its rank map again."""
     allocation = read_allocation(folder)
     print_summary(make_console(), allocation, {})
-    with staged(folder) as stage:
+    with staged_files(folder) as stage:
         draw_rank_map(allocation, stage / RANK_MAP)
 
 
 @app.command("export")
 def _export(
-    folder: Annotated[Path, typer.Argument(help="Folder that fim-lora allocate wrote.", metavar="DIR")],
-    file_format: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="A table, the LoRA part of a config for axolotl, or PEFT's adapter_config.json.",
-            metavar="|".join(FORMATS),
-        ),
-    ],
-    serving: Annotated[bool, typer.Option("--serving", help=_SERVING_HELP)] = False,
+    folder: _Folder,
+    file_format: Annotated[str, typer.Option("--format", help=_FORMAT_HELP, metavar="|".join(FORMATS))],
+    serving: _Serving = False,
     output: Annotated[
         Path | None, typer.Option(help="File for the result.", metavar="FILE", show_default="standard output")
     ] = None,
@@ -199,21 +182,25 @@ def _export(
     if output is None:
         print(text, end="")
     else:
-        write_text(output, text)
+        write_text(output, text, make_folders=True)
 
 
 def _require_choice(option: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.", param_hint=f"'{option}'")
+        raise _wrong_usage(option, f"{value!r} is not one of {', '.join(choices)}.")
+
+
+def _wrong_usage(option: str, message: str) -> typer.BadParameter:
+    return typer.BadParameter(message, param_hint=f"'{option}'")
 
 
 def _fim_config(
     r: int, batches: int, r_min: int, r_max: int | None, budget: str, score_exponent: float, exact: bool
 ) -> FimConfig:
     if r_min > r:
-        raise typer.BadParameter(f"{r_min} is above -r {r}.", param_hint="'--r-min'")
+        raise _wrong_usage("--r-min", f"{r_min} is above -r {r}: give {r} or less.")
     if r_max is not None and r_max < r:
-        raise typer.BadParameter(f"{r_max} is below -r {r}.", param_hint="'--r-max'")
+        raise _wrong_usage("--r-max", f"{r_max} is below -r {r}: give {r} or more.")
     try:
         return FimConfig(
             fim_calibration_batches=batches,
@@ -228,20 +215,19 @@ def _fim_config(
 
 
 def _target_modules(text: str | None) -> list[str] | str | None:
-    """What `LoraConfig` takes: a string is a regular expression there, but for `all-linear`."""
+    """The value for `LoraConfig`, which treats a string other than `all-linear` as a regular expression."""
     if text is None or text == "all-linear":
         return text
     if _REGEX_CHARACTERS & set(text):
         try:
             re.compile(text)
         except re.error as error:
-            raise typer.BadParameter(
-                f"{text!r} is no regular expression: {error}.", param_hint="'--target-modules'"
-            ) from error
+            message = f"{text!r} is not a valid regular expression: {error}."
+            raise _wrong_usage("--target-modules", message) from error
         return text
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise typer.BadParameter(f"{text!r} has an empty name.", param_hint="'--target-modules'")
+        raise _wrong_usage("--target-modules", f"{text!r} has an empty name: remove the extra comma.")
     return names
 
 
@@ -250,10 +236,10 @@ def _column_names(assignments: Sequence[str]) -> dict[str, str]:
     for assignment in assignments:
         role, equals, name = assignment.partition("=")
         if not equals or not name:
-            raise typer.BadParameter(f"{assignment!r} is not ROLE=NAME.", param_hint="'--column'")
+            raise _wrong_usage("--column", f"{assignment!r} is not ROLE=NAME, such as text=sentence.")
         _require_choice("--column", role, ROLES)
         if role in names:
-            raise typer.BadParameter(f"{role} is given twice.", param_hint="'--column'")
+            raise _wrong_usage("--column", f"{role} is given twice: give each role once.")
         names[role] = name
     return names
 
@@ -262,7 +248,7 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # An empty tensor tells whether this build of torch and this computer have it.
+        # Creating an empty tensor shows whether this build of torch and this computer have the device.
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{name!r} cannot be used: {error}", param_hint="'--device'") from error
+        raise _wrong_usage("--device", f"{name!r} cannot be used: {error}") from error

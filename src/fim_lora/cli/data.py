@@ -1,4 +1,4 @@
-"""DATA on the command line: a file or a data set of the hub, and which of its columns mean what."""
+"""The calibration data: a file or a dataset on the Hub, and the role of each column."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .errors import CommandError
 from .file_hash import sha256
 from .models import Task, looks_like_path
 
-# The ways to give examples, in the order in which they are looked for.
+# The columns that may hold the examples, in the order in which they are looked for.
 _FORMATS: Mapping[Task, tuple[tuple[str, ...], ...]] = {
     "causal-lm": (("messages",), ("prompt", "completion"), ("text",)),
     "seq-cls": (("text", "label"),),
 }
 ROLES = tuple(dict.fromkeys(role for formats in _FORMATS.values() for roles in formats for role in roles))
 
-# An empty cell or the word "NA" is text like any other, so pandas must not turn it into a missing value.
+# An empty cell and the word "NA" are text, so pandas must not turn them into missing values.
 _CSV_ARGUMENTS = {"keep_default_na": False}
 _READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".json": ("json", {}),
@@ -35,18 +35,13 @@ _READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 _STREAM_SUFFIX = ".txt"
 
-# Longer names are shortened in messages: a file without a header has its first line for names.
+# Longer column names are shortened in messages: without a header, the first line of a file becomes the names.
 _MAX_COLUMN_LENGTH = 40
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the data.
-
-    Attributes:
-        place: Where it is, for messages.
-        values: Role to value.
-    """
+    """One row of the data: its place, such as "row 3 of data.csv", and role to value."""
 
     place: str
     values: Mapping[str, Any]
@@ -54,17 +49,15 @@ class Row:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The rows to take examples from.
+    """The rows from which examples are drawn.
 
     Attributes:
         name: As given on the command line.
-        split: The split.
-        rows: All rows.
         columns: Role to column name.
-        is_stream: Whether it is one running text, and not one example a row.
+        is_stream: Whether the rows are one running text, not one example each.
         labels: Label values of `"seq-cls"`, in the order of their ids.
-        label_names: Their names.
-        sha256: Of the file, if it is one.
+        label_names: Label names, in the same order.
+        sha256: Hash of the data file; `None` for a dataset on the Hub.
     """
 
     name: str
@@ -77,21 +70,13 @@ class CalibrationData:
     sha256: str | None = None
 
     def draw(self, count: int, seed: int) -> list[Row]:
-        """Draw rows at random, without repetition.
-
-        Args:
-            count: How many; all rows, in random order, if there are fewer.
-            seed: Decides which.
-
-        Returns:
-            The rows.
-        """
-        # `sample` and not `Dataset.shuffle`, because messages name the row's number in the file.
+        """Draw `count` rows at random without repetition, or all rows if there are fewer."""
+        # `sample`, not `Dataset.shuffle`, because messages name the row's number in the file.
         numbers = random.Random(seed).sample(range(len(self.rows)), min(count, len(self.rows)))
         return [self._row(number) for number in numbers]
 
     def identity(self) -> dict[str, Any]:
-        """What tells later which data it was, as JSON values."""
+        """JSON values that record which data was used."""
         return {
             "name": self.name,
             "split": self.split,
@@ -107,14 +92,7 @@ class CalibrationData:
 
 
 def require_data(name: str) -> None:
-    """Refuse what cannot be data, without reading it.
-
-    Args:
-        name: DATA as given on the command line.
-
-    Raises:
-        CommandError: If it is a file of an unknown type, or a path that does not exist.
-    """
+    """Reject a file of an unknown type or a path that does not exist, without reading the data."""
     path = Path(name)
     if path.is_dir():
         return
@@ -122,32 +100,17 @@ def require_data(name: str) -> None:
         if path.suffix.lower() not in _READERS:
             raise CommandError(f"{name}: unknown type of data file. Convert it to one of {', '.join(_READERS)}.")
     elif looks_like_path(name) or path.suffix.lower() in _READERS:
-        raise CommandError(f"{name}: no such file. Give the path of one, or the name of a data set of the hub.")
+        raise CommandError(f"{name}: no such file. Give the path of a data file, or the name of a dataset on the Hub.")
 
 
 def load_data(
     name: str, split: str, subset: str | None, task: Task, column_names: Mapping[str, str]
 ) -> CalibrationData:
-    """Read a file or a data set of the hub, and find out what its columns mean.
-
-    Args:
-        name: DATA as given on the command line.
-        split: Split, or part of one, such as `train[:1000]`.
-        subset: Configuration of a data set of the hub, if it has several.
-        task: Decides which columns are needed.
-        column_names: Role to column name, as far as given.
-
-    Returns:
-        The data.
-
-    Raises:
-        CommandError: If it cannot be read, has no rows, or lacks the columns or labels.
-        OSError: If the file cannot be read.
-    """
+    """Read a file or a dataset on the Hub, and find the role of its columns; see `AllocateOptions`."""
     require_data(name)
     rows = _read(name, split, subset)
     if len(rows) == 0:
-        raise CommandError(f"{name} has no rows in split {split!r}.")
+        raise CommandError(f"{name} has no rows in split {split!r}: give another --split.")
     columns = find_columns(name, rows.column_names, task, column_names)
     is_file = Path(name).is_file()
     values, names = _labels(name, rows, columns["label"]) if "label" in columns else ((), ())
@@ -164,23 +127,15 @@ def load_data(
 
 
 def find_columns(name: str, found: Sequence[str], task: Task, column_names: Mapping[str, str]) -> dict[str, str]:
-    """Decide which column plays which role.
+    """Role to column name, for the roles that the task needs.
 
-    Args:
-        name: Of the data, for messages.
-        found: Columns of the data.
-        task: Decides which roles are needed.
-        column_names: Role to column name, as far as given; other roles have the column of their own name.
-
-    Returns:
-        Role to column name.
-
-    Raises:
-        CommandError: If a named column does not exist, or nothing fits.
+    `column_names` assigns some of the columns `found`; any other role has the column of the same name.
     """
     for role, column in column_names.items():
         if column not in found:
-            raise CommandError(f"{name} has no column {column!r} to be the {role}; it has {_listed(found)}.")
+            raise CommandError(
+                f"{name} has no column {column!r} for the role {role!r}: choose one of {_listed(found)}."
+            )
     for roles in _FORMATS[task]:
         columns = {role: column_names.get(role, role) for role in roles}
         if set(column_names) <= set(roles) and set(columns.values()) <= set(found):
@@ -188,7 +143,7 @@ def find_columns(name: str, found: Sequence[str], task: Task, column_names: Mapp
     header = " (from its first line)" if Path(name).suffix.lower() in (".csv", ".tsv") else ""
     needed = ", or ".join(" and ".join(roles) for roles in _FORMATS[task])
     raise CommandError(
-        f"{name} has the columns {_listed(found)}{header}; --task {task} needs {needed}. Say which column is which, "
+        f"{name} has the columns {_listed(found)}{header}, but --task {task} needs {needed}. Name the columns to use, "
         f"for example: {_column_example(task, found)}"
     )
 
@@ -218,14 +173,14 @@ def _labels(name: str, rows: Dataset, column: str) -> tuple[Sequence[str | int],
     values = rows.unique(column)
     if None in values:
         row = list(rows[column]).index(None) + 1
-        raise CommandError(f"Row {row} of {name} has no value in column {column!r}.")
+        raise CommandError(f"Row {row} of {name} has no value in column {column!r}: remove the row.")
     if not all(isinstance(value, (str, int)) for value in values):
-        raise CommandError(f"Column {column!r} of {name} holds {feature.dtype}; labels are words or whole numbers.")
+        raise CommandError(f"Column {column!r} of {name} holds {feature.dtype}: labels must be strings or integers.")
     if "" in values:
         row = list(rows[column]).index("") + 1
-        raise CommandError(f"Row {row} of {name} has an empty label in column {column!r}.")
+        raise CommandError(f"Row {row} of {name} has an empty label in column {column!r}: remove the row.")
     if len(values) < 2:
-        raise CommandError(f"Column {column!r} of {name} holds one label only; classification needs two or more.")
+        raise CommandError(f"Column {column!r} of {name} holds one label only: classification needs two or more.")
     labels = sorted(values)
     return labels, [str(label) for label in labels]
 

@@ -7,69 +7,58 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from ..exports import export
-from ..rank_allocation import RankAllocation, verify_patterns
+from ..rank_allocation import RankAllocation
+from ..ranks.allocation import ALLOCATION_FILE
+from ..report.exports import export
 from .errors import CommandError
-from .output import ADAPTER_CONFIG, ALLOCATION, read_allocation
+from .output import ADAPTER_CONFIG, read_allocation
 
 _RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
 
 def export_folder(folder: Path, file_format: str, serving: bool) -> str:
-    """Read what `fim-lora allocate` wrote, and say it in another format.
-
-    Args:
-        folder: The folder.
-        file_format: One of `fim_lora.exports.FORMATS`.
-        serving: Whether `r` and `lora_alpha` shall be those for servers; see `RankAllocation.to_lora_config`.
-
-    Returns:
-        The text.
-
-    Raises:
-        CommandError: If there is no allocation or no adapter config, or the config cannot be read or does not belong
-            to the allocation.
-        OSError: If the allocation cannot be read.
-        ValueError: If the allocation is damaged, has no config for servers, or cannot be said in the format.
-    """
+    """Read the output folder of `fim-lora allocate` and return its allocation in one of the formats of `export`."""
     allocation = read_allocation(folder)
     config = _base_config(folder, allocation)
-    new_config = allocation.to_lora_config(config, serving=serving)
-    verify_patterns(new_config, allocation)
-    return export(allocation, new_config, file_format)
+    return export(allocation, allocation.to_lora_config(config, serving=serving), file_format)
 
 
 def _base_config(folder: Path, allocation: RankAllocation) -> LoraConfig:
-    """The config that the ranks were allocated with, but for its patterns."""
+    """The config that the ranks were allocated with, except for its patterns."""
     written = _read_adapter_config(folder)
     if written.use_rslora != allocation.use_rslora:
-        raise _not_together(folder)
+        raise _mismatch(folder)
     config = copy.copy(written)
-    # A config for servers has others.
+    # A config for servers has a different r and lora_alpha.
     config.r, config.lora_alpha = allocation.r, allocation.lora_alpha
     serving = (written.r, written.lora_alpha) != (allocation.r, allocation.lora_alpha)
-    # Compared as they stand: the keys are regular expressions, and those of a stranger may take forever.
-    meant = allocation.to_lora_config(config, serving=serving)
-    if any(getattr(written, field) != getattr(meant, field) for field in _RANK_FIELDS):
-        raise _not_together(folder)
+    # Patterns are compared as text: keys are regular expressions, which may take forever in an untrusted file.
+    expected = allocation.to_lora_config(config, serving=serving)
+    if any(getattr(written, field) != getattr(expected, field) for field in _RANK_FIELDS):
+        raise _mismatch(folder)
     return config
 
 
 def _read_adapter_config(folder: Path) -> LoraConfig:
     path = folder / ADAPTER_CONFIG
-    # PEFT would look for it on the hub.
+    # PEFT would look for a missing file on the Hub.
     if not path.is_file():
-        raise CommandError(f"{path}: no such file, but fim-lora allocate writes one: allocate again.")
+        raise CommandError(f"{path}: no such file. Run fim-lora allocate again to write it.")
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CommandError(f"{path} cannot be read as an adapter config: {error}. Allocate again.") from error
+        raise CommandError(
+            f"{path} cannot be read as an adapter config: {error}. Run fim-lora allocate again."
+        ) from error
     if not isinstance(config, LoraConfig):
-        raise CommandError(f"{path} is no LoRA config, but one of {type(config).__name__}: allocate again.")
+        raise CommandError(
+            f"{path} is not a LoRA config (its type is {type(config).__name__}). Run fim-lora allocate again."
+        )
     return config
 
 
-def _not_together(folder: Path) -> CommandError:
+def _mismatch(folder: Path) -> CommandError:
     return CommandError(
-        f"{folder / ADAPTER_CONFIG} has other ranks or scalings than {folder / ALLOCATION}: allocate again."
+        f"{folder / ADAPTER_CONFIG} has other ranks or scalings than {folder / ALLOCATION_FILE}. "
+        "Run fim-lora allocate again."
     )

@@ -1,4 +1,4 @@
-"""SHA-256 of a file, to tell later which file it was."""
+"""SHA-256 of a file, which records which file was used."""
 
 from __future__ import annotations
 
@@ -9,17 +9,7 @@ _BLOCK_BYTES = 2**20
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Hexadecimal digits.
-
-    Raises:
-        OSError: If the file cannot be read.
-    """
+    """The SHA-256 of a file's content, as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):

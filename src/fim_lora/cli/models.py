@@ -1,4 +1,4 @@
-"""MODEL on the command line: a hub id, a local folder or a GGUF file, and what is loaded from it."""
+"""The model and its tokenizer: a Hub id, a local folder or a GGUF file, and what is loaded from it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .file_hash import sha256
 Task = Literal["causal-lm", "seq-cls"]
 TASKS: tuple[str, ...] = get_args(Task)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PEFT_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
 
 _MODEL_CLASSES = {"causal-lm": AutoModelForCausalLM, "seq-cls": AutoModelForSequenceClassification}
-PEFT_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
 _DTYPE_ARGUMENT = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 _MAX_NAMES_SHOWN = 4
 
@@ -41,7 +41,7 @@ class ModelSource:
     Attributes:
         name: As given on the command line.
         location: Hub id or folder.
-        gguf_file: Name of the GGUF file in the folder, if it is one.
+        gguf_file: Name of the GGUF file in the folder; `None` for other models.
     """
 
     name: str
@@ -54,17 +54,7 @@ class ModelSource:
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
     def identity(self, model: Any) -> dict[str, Any]:
-        """What tells later which model it was.
-
-        Args:
-            model: The loaded model.
-
-        Returns:
-            JSON values.
-
-        Raises:
-            OSError: If the file cannot be read again.
-        """
+        """JSON values that record which model was used; a GGUF file is read again for its hash."""
         return {
             "name": self.name,
             "class": type(model).__name__,
@@ -74,62 +64,40 @@ class ModelSource:
 
 
 def find_model(name: str) -> ModelSource:
-    """Decide what MODEL is, without loading anything.
-
-    Args:
-        name: As given on the command line.
-
-    Returns:
-        The source.
-
-    Raises:
-        CommandError: If it is a file or folder without a model, or a path that does not exist.
-    """
+    """Decide whether the name is a GGUF file, a folder or a Hub id, without loading anything."""
     path = Path(name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise CommandError(f"{name} is no model: give a GGUF file, or the folder with the config.json.")
+            raise CommandError(f"{name} is not a model: give a GGUF file, or a folder with a config.json.")
         return ModelSource(name, str(path.parent), path.name)
     if path.is_dir():
         _require_model_folder(name, path)
         return ModelSource(name, name)
     if looks_like_path(name) or path.suffix.lower() == ".gguf":
-        raise CommandError(f"{name}: no such file or folder. Give the path of one, or the name of a model of the hub.")
+        raise CommandError(
+            f"{name}: no such file or folder. Give the path of a model, or the name of a model on the Hub."
+        )
     return ModelSource(name, name)
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name that is no existing path was meant as one, and not as a name on the hub.
-
-    Args:
-        name: As given on the command line.
-
-    Returns:
-        Whether it cannot be a name on the hub, which is `name` or `owner/name`.
-    """
+    """Whether a name cannot be one on the Hub, which is `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, ready to pad on the right.
-
-    Args:
-        source: The model's source.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        CommandError: If it cannot be loaded, there is none, or it has no token to pad with.
-    """
-    with _naming(source):
+    """Load the tokenizer, ready to pad on the right."""
+    with _named_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.pretrained_arguments)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise CommandError(f"{source.name} has no tokenizer: save one beside the model.")
+        raise CommandError(f"{source.name} has no tokenizer: save one next to the model.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise CommandError(f"The tokenizer of {source.name} has neither a padding nor an end-of-sequence token.")
+        raise CommandError(
+            f"The tokenizer of {source.name} has neither a padding token nor an end-of-sequence token: "
+            "set one of them and save the tokenizer again."
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -143,24 +111,7 @@ def load_model(
     pad_token_id: int,
     show_progress_bar: bool,
 ) -> Any:
-    """Load the model onto its device.
-
-    Args:
-        source: Its source.
-        task: Decides the class of the model.
-        dtype: `"auto"` or the name of a torch dtype.
-        device: Where to.
-        labels: Names of the classes of `"seq-cls"`, in the order of their ids.
-        pad_token_id: The id that sequences are padded with.
-        show_progress_bar: Whether transformers may show one.
-
-    Returns:
-        The model.
-
-    Raises:
-        CommandError: If it cannot be read, or transformers has no class for it.
-        RuntimeError: If the weights do not fit the class.
-    """
+    """Load the model onto its device, with the classes `labels`, in the order of their ids, for `"seq-cls"`."""
     arguments: dict[str, Any] = {
         **source.pretrained_arguments,
         _DTYPE_ARGUMENT: dtype if dtype == "auto" else getattr(torch, dtype),
@@ -172,8 +123,8 @@ def load_model(
             "label2id": {label: index for index, label in enumerate(labels)},
         }
     model_class: Any = _MODEL_CLASSES[task]
-    # The bar of the conversion from GGUF obeys no setting.
-    with _naming(source), nullcontext() if show_progress_bar else redirect_stderr(StringIO()):
+    # No setting hides the progress bar of the conversion from GGUF.
+    with _named_errors(source), nullcontext() if show_progress_bar else redirect_stderr(StringIO()):
         model, loading = model_class.from_pretrained(source.location, output_loading_info=True, **arguments)
     _warn_of_random_weights(source.name, sorted(loading["missing_keys"]))
     if getattr(model.config, "pad_token_id", None) is None:
@@ -183,18 +134,9 @@ def load_model(
 
 
 def default_target_modules(model: Any) -> set[str] | str:
-    """What PEFT targets in this architecture if nothing is said.
+    """PEFT's default targets for this architecture.
 
-    It is written out in the adapter's config, because another version of PEFT may have other defaults.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Target modules for `LoraConfig`.
-
-    Raises:
-        CommandError: If PEFT has no default for it.
+    They are written into the adapter config, because another version of PEFT may have other defaults.
     """
     model_type = model.config.model_type
     targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
@@ -207,16 +149,7 @@ def default_target_modules(model: Any) -> set[str] | str:
 
 
 def require_fitting_tokens(model: Any, longest: int, largest_id: int) -> None:
-    """Refuse sequences that the model cannot take, before an index is out of range somewhere inside.
-
-    Args:
-        model: The model.
-        longest: Tokens of the longest sequence.
-        largest_id: Largest token id.
-
-    Raises:
-        CommandError: If there are fewer positions or fewer embeddings.
-    """
+    """Reject sequences or token ids that are too large for the model, before an index is out of range inside it."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < longest:
         raise CommandError(
@@ -228,13 +161,13 @@ def require_fitting_tokens(model: Any, longest: int, largest_id: int) -> None:
     if isinstance(vocabulary, int) and largest_id >= vocabulary:
         raise CommandError(
             f"The tokenizer gives token {largest_id}, but the model has embeddings for {vocabulary} tokens: "
-            "tokenizer and model do not belong together."
+            "tokenizer and model do not belong together. Save the model's own tokenizer next to it."
         )
 
 
 @contextmanager
-def _naming(source: ModelSource) -> Iterator[None]:
-    """Say of what an error is, because the messages of transformers do not always."""
+def _named_errors(source: ModelSource) -> Iterator[None]:
+    """Name the model in errors, because the messages of transformers do not always name it."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
@@ -249,7 +182,7 @@ def _require_model_folder(name: str, folder: Path) -> None:
     gguf_files = sorted(path.name for path in folder.glob("*.gguf"))
     if gguf_files:
         raise CommandError(f"{name} has no config.json: give the GGUF file itself, such as {folder / gguf_files[0]}.")
-    raise CommandError(f"{name} is no model: the folder has no config.json.")
+    raise CommandError(f"{name} is not a model: the folder has no config.json. Give a folder of save_pretrained.")
 
 
 def _warn_of_random_weights(name: str, missing: Sequence[str]) -> None:

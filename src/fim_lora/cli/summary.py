@@ -1,4 +1,4 @@
-"""What is printed about an allocation."""
+"""The printed summary of an allocation."""
 
 from __future__ import annotations
 
@@ -10,33 +10,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..allocation import budget_of
-from ..layer_grid import LayerGrid, layer_grids
 from ..rank_allocation import RankAllocation
+from ..ranks.allocate import budget_of
+from ..ranks.layer_grid import LayerGrid, layer_grids
 
-# Layers listed at each end of the order of sensitivity.
+# Number of layers listed at each end of the order of sensitivity.
 _NUM_EXTREMES = 5
-# Without a terminal there is no width to keep to; a table should not be folded then.
+# Without a terminal, tables need not fit a width and should not be folded.
 _WIDTH_WITHOUT_TERMINAL = 200
 
 
 def make_console() -> Console:
-    """The console for standard output.
-
-    Returns:
-        The console.
-    """
+    """The console for standard output."""
     return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
 
 
 def print_summary(console: Console, allocation: RankAllocation, facts: Mapping[str, str]) -> None:
-    """Print budget and use, ranks, and the least and most sensitive layers.
-
-    Args:
-        console: Where to.
-        allocation: The allocation.
-        facts: Further lines, heading to text.
-    """
+    """Print budget, `facts` (heading to text), ranks, and the least and most sensitive layers."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -53,13 +43,11 @@ def print_summary(console: Console, allocation: RankAllocation, facts: Mapping[s
 
 
 def _facts(allocation: RankAllocation) -> dict[str, str]:
-    uniform = budget_of(
-        dict.fromkeys(allocation.ranks, allocation.r), "parameters", allocation.scores.parameters_per_rank
-    )
-    unit = "ranks" if allocation.fim_config.budget == "rank" else "parameters"
+    uniform_ranks = dict.fromkeys(allocation.ranks, allocation.r)
+    uniform = budget_of(uniform_ranks, "parameters", allocation.scores.parameters_per_rank)
     ranks = allocation.ranks.values()
     return {
-        "Budget": f"{allocation.budget_used:,} of {allocation.budget:,} {unit} used",
+        "Budget": f"{allocation.budget_used:,} of {allocation.budget:,} {allocation.budget_unit} used",
         "Ranks": f"{min(ranks)} to {max(ranks)} in {len(ranks)} layers (uniform: {allocation.r})",
         "Adapter": f"{allocation.num_parameters:,} parameters (uniform: {uniform:,})",
         "eFIM": allocation.scores.measured,
@@ -79,7 +67,7 @@ def _rank_table(grid: LayerGrid, ranks: Mapping[str, int]) -> Table:
 
 
 def _extremes(allocation: RankAllocation) -> dict[str, list[str]]:
-    """Heading to layers."""
+    """Heading to layer names, from the least to the most sensitive."""
     by_score = sorted(allocation.scores, key=lambda name: (allocation.scores[name].mean, name))
     if len(by_score) <= 2 * _NUM_EXTREMES:
         return {"Layers from least to most sensitive": by_score}
@@ -92,9 +80,8 @@ def _extremes(allocation: RankAllocation) -> dict[str, list[str]]:
 def _sensitivity_table(names: Sequence[str], allocation: RankAllocation) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("layer", overflow="fold")
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("± standard error", justify="right", no_wrap=True)
-    table.add_column("rank", justify="right", no_wrap=True)
+    for heading in ("score", "± standard error", "rank"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name in names:
         score = allocation.scores[name]
         error = "unknown" if score.standard_error is None else f"{score.standard_error:.2g}"

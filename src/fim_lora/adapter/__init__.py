@@ -1,0 +1,1 @@
+"""Everything that touches PEFT's classes."""

@@ -1,0 +1,108 @@
+"""Layers of rank 0: the adapter is taken off them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from torch import nn
+
+from ..runtime.flags import requires_grad_restored
+from .lora_layers import rebuilt_together
+from .targets import resolve_targets
+
+
+def require_removable(
+    model: nn.Module, adapter_name: str, removed: Mapping[str, LoraLayer], kept: Iterable[str], config: LoraConfig
+) -> None:
+    """Refuse a removal after which PEFT could not load the rest of the adapter.
+
+    Raises:
+        ValueError: If another adapter shares a parameter's wrapper, or the targets of `config` match other layers
+            than `kept`.
+    """
+    for name, layer in removed.items():
+        others = sorted(set(layer.r) - {adapter_name})
+        if isinstance(layer, ParamWrapper) and others:
+            raise ValueError(
+                f"Parameter {name!r} got rank 0, but adapter {others[0]!r} adapts it too, and PEFT distinguishes "
+                "parameters by the order in which they are wrapped: use r_min=1, or delete the other adapter first."
+            )
+    different = sorted(set(resolve_targets(model, config)) ^ set(kept))
+    if different:
+        raise ValueError(
+            f"Without the layers of rank 0, PEFT would adapt other layers than intended: {different}. Use r_min=1."
+        )
+
+
+def remove_adapter(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, bias: str) -> None:
+    """Take an adapter off some layers; a LoRA layer without another adapter is replaced by its base layer.
+
+    Args:
+        model: The model.
+        layers: Name, as in the base model, to the LoRA layers that lose the adapter.
+        adapter_name: The adapter.
+        bias: `bias` of its config; with `"lora_only"` the bias of a layer is trained with its adapter.
+    """
+    parents = _parents(model)
+    for layer in layers.values():
+        _remove(parents, layer, adapter_name, bias)
+    _forget_targets(model, (name for name, layer in layers.items() if not set(layer.r) - {adapter_name}))
+
+
+def _parents(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
+    """Module to the module that contains it, and its name there."""
+    parents: dict[nn.Module, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for name, child in module.named_children():
+            parents.setdefault(child, (module, name))
+    return parents
+
+
+def _remove(parents: dict[nn.Module, tuple[nn.Module, str]], layer: Any, adapter_name: str, bias: str) -> None:
+    for one in rebuilt_together(layer):
+        for name, parameter in one.named_parameters():
+            if "lora_" in name:
+                parameter.grad = None
+    if set(layer.r) - {adapter_name}:
+        for one in rebuilt_together(layer):
+            _delete_adapter(one, adapter_name)
+        return
+    parent, attribute = parents[layer]
+    base = _base_of(layer)
+    if bias == "lora_only" and not isinstance(base, ParamWrapper):
+        base.requires_grad_(False)
+    setattr(parent, attribute, base)
+    parents[base] = parent, attribute
+
+
+def _base_of(layer: Any) -> nn.Module:
+    if isinstance(layer, MultiheadAttention):
+        return layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+    if isinstance(layer, ParamWrapper):
+        return layer.base_layer  # another wrapper, if several parameters of the module are adapted
+    base: nn.Module = layer.get_base_layer()
+    return base
+
+
+def _delete_adapter(layer: Any, adapter_name: str) -> None:
+    """Delete an adapter of a layer, without PEFT's activation of another one."""
+    active = list(layer.active_adapters)
+    with requires_grad_restored(list(layer.parameters())):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns that it activates another one
+            layer.delete_adapter(adapter_name)
+        layer.set_adapter(active)
+
+
+def _forget_targets(model: nn.Module, removed: Iterable[str]) -> None:
+    """Remove layers from PEFT's own lists of what it adapted."""
+    names = set(removed)
+    for module in model.modules():
+        for attribute in ("targeted_module_names", "targeted_parameter_names"):
+            if isinstance(module, LoraModel) and attribute in module.__dict__:
+                module.__dict__[attribute] = [name for name in module.__dict__[attribute] if name not in names]

@@ -1,0 +1,167 @@
+"""New ranks for a LoRA adapter, by PEFT's own layer code."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..runtime.distributed import gather_from_all, shared_random_numbers
+from ..runtime.offloading import onloaded
+from .checks import require_weights_at_hand
+from .layer_state import LayerState, layer_states
+from .lora_layers import rebuilt_together
+from .removal import remove_adapter, require_removable
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Given values for a LoRA layer, in the shapes of PEFT's weights.
+
+    Attributes:
+        a: A: r × d_in for linear layers, r × C_in × kernel for convolutions, r × ids for embeddings.
+        b: B: d_out × r, and so on; `None` for zero.
+    """
+
+    a: Tensor
+    b: Tensor | None = None
+
+
+def resize_adapter(
+    model: nn.Module,
+    layers: Mapping[str, LoraLayer],
+    adapter_name: str,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    new_config: LoraConfig,
+    factors: Mapping[str, Sequence[Factors]] | None = None,
+) -> None:
+    """Give every LoRA layer of an adapter its rank and new weights; then adopt the new config.
+
+    All layers are rebuilt before anything is made final, so a failure on the way leaves no trace. A layer of rank 0
+    loses the adapter.
+
+    Args:
+        model: The model.
+        layers: Name to LoRA layer of the adapter.
+        adapter_name: The adapter.
+        ranks: Layer name to rank.
+        alphas: Layer name to `lora_alpha`.
+        new_config: The adapter's config with the patterns of these ranks.
+        factors: Layer name to given A and B, one `Factors` for each layer that PEFT rebuilds together (two for an
+            attention, otherwise one). Other layers are initialized as `new_config` asks.
+
+    Raises:
+        ValueError: If a rank is 0 and PEFT could not load the rest, PEFT refuses the initialization for a layer, or
+            given factors have the wrong shape.
+        TypeError: If PEFT cannot initialize a layer from a weight of its dtype.
+        RuntimeError: If a rebuilt layer does not have the requested rank or scaling.
+    """
+    removed = {name: layer for name, layer in layers.items() if ranks[name] == 0}
+    kept = {name: layer for name, layer in layers.items() if name not in removed}
+    if removed:
+        require_removable(model, adapter_name, removed, kept, new_config)
+    require_weights_at_hand(kept, new_config.init_lora_weights)
+    before = {name: layer_states(layer, adapter_name, new_config.init_lora_weights) for name, layer in kept.items()}
+
+    def rebuild() -> None:
+        for name, layer in kept.items():
+            resize_layer(layer, adapter_name, ranks[name], alphas[name], new_config, (factors or {}).get(name, ()))
+            for state in before[name]:
+                state.carry_over()
+                _verify(name, state.layer, adapter_name, ranks[name], alphas[name], new_config)
+
+    try:
+        with shared_random_numbers(*model.parameters()):
+            gather_from_all(rebuild)
+    except BaseException:
+        _each_state(before, LayerState.restore)
+        raise
+    _each_state(before, LayerState.keep_parameters)
+    if removed:
+        remove_adapter(model, removed, adapter_name, new_config.bias)
+    # In place, because the model and its tuner share the object.
+    config = cast(Any, model).peft_config[adapter_name]
+    config.__dict__.update(new_config.__dict__)
+
+
+def resize_layer(
+    layer: Any, adapter_name: str, rank: int, alpha: float, config: LoraConfig, factors: Sequence[Factors] = ()
+) -> None:
+    """Rebuild the adapter of one LoRA layer at a rank, with given factors or initialized as `config` asks.
+
+    Raises:
+        ValueError: If the factors do not have the shapes of PEFT's weights at this rank.
+    """
+    if factors:
+        config = copy.copy(config)
+        # PEFT's name for "B is zero, and A comes later" exists for linear layers, where it saves drawing A.
+        config.init_lora_weights = True if factors[0].b is not None else "eva"
+    # PEFT creates the adapter on the device of the base weight.
+    with onloaded(layer.get_base_layer()):
+        layer.update_layer(adapter_name, rank, lora_alpha=alpha, **_update_arguments(layer, config))
+    if factors:
+        for one, given in zip(rebuilt_together(layer), factors, strict=True):
+            _write_factor(one, "A", adapter_name, given.a)
+            if given.b is not None:
+                _write_factor(one, "B", adapter_name, given.b)
+
+
+def _write_factor(layer: Any, letter: str, adapter_name: str, value: Tensor) -> None:
+    modules, parameters = getattr(layer, f"lora_{letter}"), getattr(layer, f"lora_embedding_{letter}")
+    weight = modules[adapter_name].weight if adapter_name in modules else parameters[adapter_name]
+    if weight.shape != value.shape:
+        raise ValueError(
+            f"{letter} of a {type(layer.get_base_layer()).__name__} has shape {tuple(weight.shape)}, but the given "
+            f"{letter} has shape {tuple(value.shape)}."
+        )
+    weight.data = value.detach().to(device=weight.device, dtype=weight.dtype, copy=True).contiguous()
+
+
+def _each_state(states: Mapping[str, Sequence[LayerState]], function: Callable[[LayerState], None]) -> None:
+    for of_layer in states.values():
+        for state in of_layer:
+            function(state)
+
+
+def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:
+    """`update_layer` takes the config from PEFT 0.19 on, and before that those of its fields that it needs."""
+    signatures = (
+        _parameter_names(owner.__dict__["update_layer"])
+        for owner in type(layer).__mro__
+        if "update_layer" in owner.__dict__
+    )
+    # `update_layer` of nn.MultiheadAttention only passes on its arguments.
+    parameters = next(parameters for parameters in signatures if "r" in parameters)
+    if "config" in parameters:
+        return {"config": config}
+    own = ("self", "adapter_name", "r", "lora_alpha", "kwargs")
+    return {name: getattr(config, name) for name in parameters if name not in own and hasattr(config, name)}
+
+
+@functools.cache
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _verify(name: str, layer: LoraLayer, adapter_name: str, rank: int, alpha: float, config: LoraConfig) -> None:
+    scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+    found = (layer.r[adapter_name], layer.scaling[adapter_name])
+    if found[0] != rank or not math.isclose(found[1], scaling, rel_tol=1e-5):
+        raise RuntimeError(
+            f"PEFT built layer {name!r} with rank {found[0]} and scaling {found[1]}, not {rank} and {scaling}."
+        )
+    for factor in (factors[adapter_name] for factors in (layer.lora_A, layer.lora_B) if adapter_name in factors):
+        if isinstance(factor, nn.Linear) and factor.weight.shape != (factor.out_features, factor.in_features):
+            raise RuntimeError(
+                f"PEFT gave layer {name!r} weights of a wrong shape: it does not support "
+                f"init_lora_weights={config.init_lora_weights!r} for {type(layer.get_base_layer()).__name__}."
+            )

@@ -1,0 +1,257 @@
+"""Tokenization: from rows to token ids and labels, and from these to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from jinja2 import TemplateError
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from .data import CalibrationData, Row
+from .errors import CommandError, warn
+
+# Label of the positions that the loss of transformers models ignores.
+IGNORED = -100
+
+# A running text is tokenized in pieces of about this many characters, cut at line ends, so that progress is visible.
+_PIECE_CHARACTERS = 2**20
+
+_MAX_EXCERPT_LENGTH = 80
+
+Feature = dict[str, Any]
+Encoder = Callable[[PreTrainedTokenizerBase, Row, int], "Example"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized example.
+
+    Attributes:
+        feature: Inputs of the model, without padding.
+        truncated: Whether it was longer than the maximum length.
+        prompt_changed: Whether the tokens of the prompt change when the completion follows.
+    """
+
+    feature: Feature
+    truncated: bool = False
+    prompt_changed: bool = False
+
+    @property
+    def has_target(self) -> bool:
+        """Whether there is a token or a class to predict; the first token of a sequence is not predicted."""
+        labels = self.feature["labels"]
+        return isinstance(labels, int) or any(label != IGNORED for label in labels[1:])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The tokenized examples; with `is_classification`, their labels are classes, not tokens."""
+
+    examples: Sequence[Example]
+    is_classification: bool
+
+    @property
+    def num_truncated(self) -> int:
+        """Number of examples that were longer than the maximum length."""
+        return sum(example.truncated for example in self.examples)
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest example."""
+        return max(len(example.feature["input_ids"]) for example in self.examples)
+
+    @property
+    def largest_id(self) -> int:
+        """Largest token id."""
+        return max(max(example.feature["input_ids"]) for example in self.examples)
+
+    def batches(self, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> DataLoader[Any]:
+        """Pad the examples into batches, in their order."""
+        collate = (
+            DataCollatorWithPadding(tokenizer)
+            if self.is_classification
+            else DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        )
+        features: Any = [example.feature for example in self.examples]
+        return DataLoader(features, batch_size=batch_size, collate_fn=collate)
+
+
+def tokenize(
+    data: CalibrationData,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    max_length: int,
+    seed: int,
+    show_progress_bar: bool,
+) -> Examples:
+    """Draw `count` examples, or all if there are fewer, and tokenize them.
+
+    Warns of examples without a token to predict, and of prompts whose tokens change when the completion follows.
+    """
+    if data.is_stream:
+        examples = _blocks(data, tokenizer, count, max_length, seed, show_progress_bar)
+    else:
+        encode = _encoder(data, tokenizer)
+        rows = data.draw(count, seed)
+        progress = tqdm(rows, desc="Tokenizing", unit="example", disable=not show_progress_bar)
+        examples = [encode(tokenizer, row, max_length) for row in progress]
+    if not any(example.has_target for example in examples):
+        raise CommandError(
+            f"No example of {data.name} has a token to predict within {max_length} tokens: raise --max-length."
+        )
+    _warn_of_problems(examples, max_length)
+    return Examples(examples, is_classification="label" in data.columns)
+
+
+def _encoder(data: CalibrationData, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    if "label" in data.columns:
+        ids = {value: index for index, value in enumerate(data.labels)}
+        return lambda tokenizer, row, max_length: _encode_labeled(tokenizer, row, max_length, ids)
+    if "messages" in data.columns:
+        if tokenizer.chat_template is None:
+            raise CommandError(
+                f"{data.name} has messages, but the tokenizer has no chat template: use the chat version of the "
+                "model, or data with a column of plain text."
+            )
+        return _encode_messages
+    if "prompt" in data.columns:
+        return _encode_prompt_and_completion
+    return _encode_text
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
+    text = _with_end(tokenizer, _text(row, "text"))
+    return _causal_example(tokenizer(text)["input_ids"], max_length)
+
+
+def _encode_prompt_and_completion(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
+    """As in TRL: the completion ends the sequence, and only its tokens count in the loss."""
+    prompt, completion = _text(row, "prompt"), _with_end(tokenizer, _text(row, "completion"))
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    ids = tokenizer(prompt + completion)["input_ids"]
+    changed = ids[: len(prompt_ids)] != prompt_ids
+    return _causal_example(ids, max_length, num_prompt_tokens=len(prompt_ids), prompt_changed=changed)
+
+
+def _encode_messages(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
+    """As in TRL by default: all tokens of the conversation count in the loss."""
+    try:
+        encoded: Any = tokenizer.apply_chat_template(_messages(row), tokenize=True, return_dict=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise CommandError(f"The chat template cannot render {row.place}: {error}") from error
+    return _causal_example(encoded["input_ids"], max_length)
+
+
+def _encode_labeled(
+    tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, ids: Mapping[str | int, int]
+) -> Example:
+    text, label = _text(row, "text"), row.values["label"]
+    if label not in ids:
+        raise CommandError(f"The label {label!r} of {row.place} is not one of the data's labels: remove the row.")
+    # The tokenizer truncates, because it keeps the closing special token of encoders.
+    feature = dict(tokenizer(text, truncation=True, max_length=max_length))
+    truncated = len(tokenizer(text)["input_ids"]) > max_length
+    return Example(feature | {"labels": ids[label]}, truncated=truncated)
+
+
+def _causal_example(
+    ids: list[int], max_length: int, num_prompt_tokens: int = 0, prompt_changed: bool = False
+) -> Example:
+    labels = [IGNORED] * num_prompt_tokens + ids[num_prompt_tokens:]
+    length = min(len(ids), max_length)
+    feature = {"input_ids": ids[:length], "attention_mask": [1] * length, "labels": labels[:length]}
+    return Example(feature, truncated=len(ids) > max_length, prompt_changed=prompt_changed)
+
+
+def _blocks(
+    data: CalibrationData,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    max_length: int,
+    seed: int,
+    show_progress_bar: bool,
+) -> list[Example]:
+    """Cut a running text into blocks, and draw some of them at random."""
+    column = data.columns["text"]
+    text = "\n".join(value for value in data.rows[column] if value)
+    if not text.strip():
+        raise CommandError(f"{data.name} holds no text: give another file.")
+    # Models that were trained with a token at the beginning give meaningless losses without it.
+    first = tokenizer("")["input_ids"][:1]
+    beginning = first if first == [tokenizer.bos_token_id] else []
+    size = max_length - len(beginning)
+    ids: list[int] = []
+    progress = tqdm(_pieces(text), desc="Tokenizing", unit="MB", disable=not show_progress_bar)
+    for piece in progress:
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    starts = range(0, len(ids), size)
+    drawn = Random(seed).sample(starts, min(count, len(starts)))
+    return [_causal_example(beginning + ids[start : start + size], max_length) for start in drawn]
+
+
+def _pieces(text: str) -> list[str]:
+    pieces, start = [], 0
+    while start < len(text):
+        end = text.find("\n", start + _PIECE_CHARACTERS) + 1 or len(text)
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def _with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """As in TRL: an example ends with the end-of-sequence token, if the tokenizer has one."""
+    end = tokenizer.eos_token
+    return text if end is None or text.endswith(end) else text + end
+
+
+def _text(row: Row, role: str) -> str:
+    value = row.values[role]
+    if value is None:
+        raise CommandError(f"The {role} of {row.place} is missing: remove the row.")
+    if not isinstance(value, str):
+        raise CommandError(f"The {role} of {row.place} is not text but {type(value).__name__}: {_excerpt(value)}")
+    if not value.strip():
+        raise CommandError(f"The {role} of {row.place} is empty: remove the row.")
+    return value
+
+
+def _messages(row: Row) -> list[dict[str, Any]]:
+    messages = row.values["messages"]
+    if not messages:
+        raise CommandError(f"The messages of {row.place} are empty: remove the row.")
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise CommandError(
+            f"The messages of {row.place} are not a list of {{'role': …, 'content': …}}: {_excerpt(messages)}"
+        )
+    # Arrow gives each message the keys of all messages, but templates check whether a key is present.
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
+
+
+def _warn_of_problems(examples: Sequence[Example], max_length: int) -> None:
+    without_target = sum(not example.has_target for example in examples)
+    if without_target:
+        warn(
+            f"{without_target} of {len(examples)} examples have no token to predict within {max_length} tokens and "
+            "count with a gradient of zero: raise --max-length, or remove such rows."
+        )
+    changed = sum(example.prompt_changed for example in examples)
+    if changed:
+        warn(
+            f"In {changed} of {len(examples)} examples the last tokens of the prompt change when the completion "
+            "follows, so the loss may start about one token too early or too late: end prompts or begin completions "
+            "with a space or a line break."
+        )
+
+
+def _excerpt(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_EXCERPT_LENGTH else f"{text[:_MAX_EXCERPT_LENGTH]}…"

@@ -1,0 +1,155 @@
+"""The calibration loop: batches run through the model, and the model is afterwards what it was before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..runtime.distributed import batches_in_lockstep, gather_from_all
+from ..runtime.flags import frozen_eval_mode
+from ..runtime.wrappers import needs_all_processes, unwrap_engine
+from .layers.attribution import batch_size_of
+from .layers.registry import TargetLayer
+from .norm_sums import CAUSES_OF_NO_GRADIENT
+from .recorder import Recorder
+from .statistic import Statistic
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+Result = TypeVar("Result")
+
+
+def forward_fn_default(model: nn.Module, batch: Any) -> Any:
+    """Call a model as `transformers` models are called: a mapping is passed as keyword arguments.
+
+    A tuple or list is passed as positional arguments, anything else as the only argument.
+    """
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def calibrate(
+    model: nn.Module,
+    layers: Mapping[str, TargetLayer | nn.Module],
+    statistic: Statistic[Any, Result],
+    dataloader: Iterable[Any],
+    num_batches: int,
+    forward_fn: ForwardFn | None = None,
+    show_progress_bar: bool = True,
+    loss_communicates: bool = False,
+    sequences_per_example: int = 1,
+) -> Result:
+    """Collect a statistic of `layers` over some batches, in eval mode.
+
+    With several processes, each one calibrates on the batches of its own `dataloader`, and all get the result over
+    all examples. They may have different numbers of batches, or none. If one fails, all raise. If a pass through the
+    model needs all processes (FSDP, ZeRO-3, `loss_communicates`) and one fails inside it, the others learn of it when
+    its process ends, as in training.
+
+    Training mode, `requires_grad`, `.grad` and hooks of the model are restored, also after an exception. The cost is
+    a forward pass, and a backward pass with respect to activations.
+
+    Args:
+        model: The model, with its adapters disabled.
+        layers: Name to target layer, PEFT's LoRA layer or base layer.
+        statistic: What to measure on these layers.
+        dataloader: Yields batches: mappings, tuples or tensors, with what the loss needs.
+        num_batches: Batches to use in each process. If there are fewer, those are used, with a warning.
+        forward_fn: Takes model and batch, returns something with `.loss` or `["loss"]`, or a scalar loss.
+        show_progress_bar: Whether to show a progress bar.
+        loss_communicates: Whether `forward_fn` exchanges something between processes, as trainers do for metrics.
+        sequences_per_example: Sequences that make up one example, such as 2 for batches of chosen texts followed by
+            the rejected ones.
+
+    Returns:
+        The result of the statistic.
+
+    Raises:
+        TypeError: If a layer's class is not supported, or the output holds no loss.
+        ValueError: If the loss is missing, not scalar or detached, or the dataloader is empty.
+        RuntimeError: See `Statistic.result`.
+    """
+    model = unwrap_engine(model)
+    recorder = Recorder(layers, statistic)
+    forward_fn = forward_fn or forward_fn_default
+    in_lockstep = loss_communicates or needs_all_processes(model)
+
+    def run(batch: Any, counts: bool) -> None:
+        batch = send_to_device(batch, _device_of(model))
+        rows = batch_size_of(batch, getattr(model, "main_input_name", None))
+        size = None if rows is None else rows // sequences_per_example
+        with recorder.batch(size, sequences_per_example, counts):
+            loss = loss_of(forward_fn(model, batch))
+            recorder.note_loss(loss)
+            loss.backward()
+
+    with (
+        frozen_eval_mode(model),
+        torch.compiler.set_stance("force_eager"),  # compiled code would not call the hooks
+        torch.enable_grad(),
+        recorder.recording(),
+        tqdm(total=num_batches, desc="eFIM", unit="batch", disable=not show_progress_bar) as progress,
+    ):
+        for batch, is_own in batches_in_lockstep(dataloader, num_batches, with_stand_ins=in_lockstep):
+            if in_lockstep:
+                run(batch, is_own)
+            else:
+                gather_from_all(lambda: run(batch, True) if is_own else None)  # noqa: B023  called at once
+            progress.update(is_own)
+    _require_batches(recorder.num_batches, num_batches)
+    return recorder.result()
+
+
+def _require_batches(seen: int, num_batches: int) -> None:
+    if not any(gather_from_all(lambda: seen)):
+        raise ValueError("The dataloader yielded no batch: the eFIM needs at least one.")
+    if seen < num_batches:
+        warnings.warn(
+            f"The dataloader yielded {seen} batches, but fim_calibration_batches={num_batches}: the eFIM is averaged "
+            f"over {seen} batches. Provide more batches, or lower fim_calibration_batches.",
+            stacklevel=4,
+        )
+
+
+def loss_of(output: Any) -> Tensor:
+    """The scalar loss in what a forward function returned: `.loss`, `["loss"]`, or the output itself.
+
+    Raises:
+        TypeError: If the output holds no loss.
+        ValueError: If the loss is `None`, has more than one element, or requires no gradient.
+    """
+    loss = output
+    if isinstance(output, Mapping) and "loss" in output:
+        loss = output["loss"]
+    elif not isinstance(output, Tensor) and hasattr(output, "loss"):
+        loss = output.loss
+    elif not isinstance(output, Tensor):
+        raise TypeError(
+            f"The forward pass returned a {type(output).__name__} without `.loss` and `['loss']`: put labels into "
+            "the batches, or pass a `forward_fn` that returns the loss."
+        )
+    if loss is None:
+        raise ValueError(
+            "The model returned loss=None: put labels into the batches, or return a loss in `forward_fn`."
+        )
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"The loss is a {type(loss).__name__}, not a tensor: return a tensor from `forward_fn`.")
+    if loss.numel() != 1:
+        raise ValueError(f"The loss has shape {tuple(loss.shape)}; it must be a scalar, the mean over examples.")
+    if not loss.requires_grad:
+        raise ValueError(f"The loss depends on no target layer. {CAUSES_OF_NO_GRADIENT}")
+    return loss
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """The device of the inputs: that of the first parameter that is not on the meta device."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))

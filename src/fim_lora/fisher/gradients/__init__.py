@@ -1,0 +1,1 @@
+"""Per-example gradients of a frozen matrix: pure functions of tensors."""

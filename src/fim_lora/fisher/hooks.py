@@ -1,0 +1,280 @@
+"""The hooks of a `Recorder`: each watches the calls of one module and reports to a `CallWatcher`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+from ..runtime.replay import CallState
+from .layers.attribution import batch_size_of
+from .layers.call import input_of
+from .layers.registry import TENSOR_PARALLELISM, TargetLayer
+from .saved import SavedCall, SavedInput, join_outputs
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class CallWatcher(Protocol):
+    """What hooks report to. A `Recorder` is one."""
+
+    paused: bool
+
+    def begin_forward(self, batch_size: int | None) -> None:
+        """A forward pass of the whole model begins."""
+
+    def begin_call(self, name: str) -> int | None:
+        """A layer was called; return the number of the run that the call belongs to, or `None` to ignore it."""
+
+    def note_input(self, name: str, saved: SavedInput) -> None:
+        """The input of a layer was saved."""
+
+    def note_adapter_input(self, name: str, x: Tensor) -> None:
+        """The adapter of a layer was called with `x`."""
+
+    def note_backward(self) -> None:
+        """A backward pass of the whole model has begun."""
+
+    def receive(self, name: str, run: int, saved: SavedInput | SavedCall, *gradients: Tensor | None) -> None:
+        """The gradients of the outputs of a call have arrived."""
+
+
+def is_inside_backward() -> bool:
+    """Whether autograd is running, so that a forward call is a recomputation by gradient checkpointing.
+
+    PyTorch's own checkpointing calls the same function; there is no public one.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def _outside_compiled_code(function: Function) -> Function:
+    """Decorator: compiled code breaks here, because what a hook does cannot be traced."""
+    options: dict[str, Any] = {}
+    if "reason" in inspect.signature(torch.compiler.disable).parameters:  # PyTorch 2.6 does not have it
+        options["reason"] = (
+            "fim_lora watches this pass to collect the eFIM. Until `initialize_lora_fim_ranks`, compile without "
+            "`fullgraph=True`, or pass it a `dataloader`"
+        )
+    return cast(Function, torch.compiler.disable(function, **options))
+
+
+@dataclass
+class LayerHook:
+    """Forward hook of a layer of which only the input is needed.
+
+    Hooks are objects and not closures, so that a model can be copied and pickled together with them.
+    """
+
+    watcher: CallWatcher
+    target: TargetLayer
+
+    def register(self) -> list[RemovableHandle]:
+        """Register the hook on its layer."""
+        return [self.target.module.register_forward_hook(self, with_kwargs=True)]
+
+    @_outside_compiled_code
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Save the call, ask for the gradient of its output, and start the graph here if nothing has so far."""
+        run = self.watcher.begin_call(self.target.name)
+        if run is None or not torch.is_grad_enabled():
+            return None
+        outputs, structure = _flattened(output)
+        x = input_of(args, kwargs)
+        _refuse_tensor_parallelism(self.target.name, x, outputs[0])
+        starts_graph = not any(isinstance(value, Tensor) and value.requires_grad for value in outputs)
+        _refuse_missing_gradient(self.target.name, module, x, starts_graph)
+        if starts_graph:
+            outputs = [_as_start_of_graph(value) for value in outputs]
+        joined = self._watch(run, args, kwargs, outputs, structure is not None)
+        if joined is None and not starts_graph:
+            return None
+        return _unflattened(joined or outputs, structure)
+
+    def _watch(
+        self, run: int, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Any], is_nested: bool
+    ) -> list[Any] | None:
+        """Save the input and ask for gradients. Return the outputs if they were replaced."""
+        saved = SavedInput(input_of(args, kwargs))
+        self.watcher.note_input(self.target.name, saved)
+        self._watch_first(run, saved, outputs)
+        return None
+
+    def _watch_first(self, run: int, saved: SavedInput | SavedCall, outputs: Sequence[Any]) -> None:
+        """Only the first output counts; the others are attention weights."""
+        outputs[0].register_hook(partial(self.watcher.receive, self.target.name, run, saved))
+        for further in outputs[1:]:
+            if isinstance(further, Tensor) and further.requires_grad:
+                further.register_hook(partial(_refuse_gradient, self.target.name))
+
+
+@dataclass
+class ReplayedLayerHook(LayerHook):
+    """Forward hooks of a layer that is run again, for which all arguments and the state of the call are kept."""
+
+    state: CallState | None = None
+
+    def register(self) -> list[RemovableHandle]:
+        """Register the hooks before and after the call."""
+        before = self.target.module.register_forward_pre_hook(self.before, with_kwargs=True)
+        return [before, *super().register()]
+
+    @_outside_compiled_code
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the state of random numbers and autocast."""
+        if not self.watcher.paused:
+            # Accelerate may move the arguments inside of the call; random numbers are drawn where the weights are.
+            self.state = CallState.capture(args, kwargs, list(module.parameters()))
+
+    @_outside_compiled_code
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """As `LayerHook`; the state is kept for this call only."""
+        try:
+            return super().__call__(module, args, kwargs, output)
+        finally:
+            self.state = None
+
+    def _watch(
+        self, run: int, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Any], is_nested: bool
+    ) -> list[Any] | None:
+        """Save the whole call and ask for the gradient of the first output."""
+        self._watch_first(run, SavedCall(args, kwargs, (outputs[0],), self.state), outputs)
+        return None
+
+
+@dataclass
+class AllOutputsHook(ReplayedLayerHook):
+    """Forward hooks of a layer of which all outputs count, such as the logits and the scores of a router."""
+
+    def register(self) -> list[RemovableHandle]:
+        """Register one hook for a single output and one for several."""
+        module = self.target.module
+        return [
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
+            module.register_forward_hook(self.on_multiple_outputs, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self.on_single_output, with_kwargs=True),
+        ]
+
+    @_outside_compiled_code
+    def on_multiple_outputs(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Runs first, so that all other hooks, such as FSDP's, receive the copies of the outputs."""
+        return None if isinstance(output, Tensor) else self(module, args, kwargs, output)
+
+    @_outside_compiled_code
+    def on_single_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Runs last, so that FSDP's hook on the output restores the weights first."""
+        return self(module, args, kwargs, output) if isinstance(output, Tensor) else None
+
+    def _watch(
+        self, run: int, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Any], is_nested: bool
+    ) -> list[Any] | None:
+        """Save the whole call and ask for the gradients of all outputs together."""
+        if not is_nested:
+            return super()._watch(run, args, kwargs, outputs, is_nested)
+        differentiable = (value if isinstance(value, Tensor) and value.requires_grad else None for value in outputs)
+        saved = SavedCall(args, kwargs, tuple(differentiable), self.state)
+        joined, node = join_outputs(outputs)
+        node.register_prehook(partial(self._receive, run, saved))
+        return joined
+
+    def _receive(self, run: int, saved: SavedCall, gradients: tuple[Tensor | None, ...]) -> None:
+        self.watcher.receive(self.target.name, run, saved, *gradients)
+
+
+@dataclass
+class AdapterHook:
+    """Forward pre-hook of the adapter of a layer."""
+
+    watcher: CallWatcher
+    name: str
+
+    @_outside_compiled_code
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Report the input of the adapter."""
+        if args and isinstance(args[0], Tensor):
+            self.watcher.note_adapter_input(self.name, args[0])
+
+
+@dataclass
+class RootHook:
+    """Forward hooks of a whole model: the batch size before its layers, the backward pass after them."""
+
+    watcher: CallWatcher
+
+    @_outside_compiled_code
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Report the batch size."""
+        if self.watcher.paused or is_inside_backward():
+            return
+        self.watcher.begin_forward(batch_size_of(args or kwargs, getattr(module, "main_input_name", None)))
+
+    @_outside_compiled_code
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Report the backward pass: checkpointed layers learn only of their own share of it."""
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad and not is_inside_backward():
+                tensor.register_hook(self._receive)
+
+    def _receive(self, gradient: Tensor) -> None:
+        self.watcher.note_backward()
+
+
+def layer_hook(watcher: CallWatcher, target: TargetLayer) -> LayerHook:
+    """The hook for a layer, as its layer type asks."""
+    if target.layer_type.all_outputs:
+        return AllOutputsHook(watcher, target)
+    return (ReplayedLayerHook if target.layer_type.needs_replay else LayerHook)(watcher, target)
+
+
+def _flattened(output: Any) -> tuple[list[Any], TreeSpec | None]:
+    return ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
+
+
+def _unflattened(outputs: list[Any], structure: TreeSpec | None) -> Any:
+    return outputs[0] if structure is None else tree_unflatten(outputs, structure)
+
+
+def _as_start_of_graph(value: Any) -> Any:
+    """The value as the output of an operation with gradient; a leaf could not be changed in place."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().requires_grad_().clone()
+
+
+def _refuse_tensor_parallelism(name: str, x: Tensor, output: Any) -> None:
+    if isinstance(x, DTensor) or isinstance(output, DTensor):
+        raise ValueError(f"Layer {name!r} has only part of its input or output in this process. {TENSOR_PARALLELISM}")
+
+
+def _refuse_missing_gradient(name: str, module: nn.Module, x: Tensor, starts_graph: bool) -> None:
+    """Refuse a kernel for inference, upstream of which gradients would be missing or wrong."""
+    if not x.requires_grad:
+        return
+    if starts_graph:
+        raise RuntimeError(
+            f"Layer {name!r} ({type(module).__name__}) passes no gradient to its input, as some quantizations for "
+            "inference do, so layers before it would score zero. Load the model in a quantization that can be trained."
+        )
+    # bitsandbytes shows this nowhere else.
+    quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        raise RuntimeError(
+            f"bitsandbytes repacked the weight of layer {name!r} during an evaluation on this CPU, for a kernel "
+            "without a gradient. Load the model again, and do not evaluate it before the calibration."
+        )
+
+
+def _refuse_gradient(name: str, gradient: Tensor) -> None:
+    raise RuntimeError(
+        f"The loss depends on a second output of layer {name!r}, such as its attention weights, which the eFIM does "
+        "not cover. Leave it out of the calibration loss, or take the layer out of `target_modules`."
+    )

@@ -1,0 +1,110 @@
+"""`nn.MultiheadAttention`: four linear projections and the attention between them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...runtime.offloading import onloaded
+from ..gradients.norms import squared_norms
+from .attribution import by_leading_dimension, concatenate_calls, flatten_positions
+from .call import LayerCall
+from .registry import TargetLayer, Weight, base_layer_of, register_layer_type
+
+_SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
+
+# Arguments of the layer that PyTorch's attention function takes, too.
+_ATTENTION_OPTIONS = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+
+
+def _attention_weight(layer: Any) -> Weight:
+    """One adapter of rank r for the three input projections together, and one for the output projection."""
+    width = base_layer_of(layer).embed_dim
+    return Weight(3 * width, width, num_entries=4 * width**2, parameters_per_rank=6 * width)
+
+
+@register_layer_type(nn.MultiheadAttention, weight=_attention_weight, needs_replay=True)
+def measure_attention(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
+    """`‖G_t‖²_F` (B), summed over `in_proj_weight` and `out_proj.weight`, which PEFT adapts at one rank.
+
+    Calls have query, key and value, and the gradient of the first output. Raises `UnattributableError`.
+    """
+    with onloaded(target.module, target.module.out_proj):
+        by_call = [
+            [by_leading_dimension(x, g, batch_size) for x, g in _inputs_and_gradients(target.module, call)]
+            for call in calls
+        ]
+    norms = []
+    for pairs in zip(*by_call, strict=True):
+        x, g = concatenate_calls([(flatten_positions(x), flatten_positions(g)) for x, g in pairs])
+        norms.append(squared_norms(x, g))
+    return torch.stack(norms).sum(0)
+
+
+def _inputs_and_gradients(layer: nn.MultiheadAttention, call: LayerCall) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and output gradients (B × T × d) of the projections of query, key, value and output.
+
+    Query, key and value have one width d, and are B × T × d or T × B × d according to `batch_first`, or T × d; B is 1
+    without a batch. The attention is run again with the random numbers of the call, to get its gradients.
+    """
+    bound = _SIGNATURE.bind(layer, *call.args, **call.kwargs)
+    bound.apply_defaults()
+    inputs: list[Tensor] = [bound.arguments[name] for name in ("query", "key", "value")]
+    gradient = call.gradient
+    is_batched = gradient.ndim == 3
+    if is_batched and layer.batch_first:
+        inputs, gradient = [x.transpose(0, 1) for x in inputs], gradient.transpose(0, 1)
+
+    with torch.enable_grad(), call.restored_state():
+        projected = _project_inputs(layer, inputs)
+        attended = _attend(layer, projected, {name: bound.arguments[name] for name in _ATTENTION_OPTIONS})
+    output_weight = layer.out_proj.weight.detach().to(gradient.dtype)  # the dtype of the projection under autocast
+    gradients = torch.autograd.grad(attended, projected, (gradient @ output_weight).to(attended.dtype))
+    pairs = [*zip(inputs, gradients, strict=True), (attended.detach(), gradient)]
+    return [(x.transpose(0, 1), g.transpose(0, 1)) if is_batched else (x[None], g[None]) for x, g in pairs]
+
+
+def _project_inputs(layer: nn.MultiheadAttention, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Query, key and value after their projections, as leaves of a new graph."""
+    weights = layer.in_proj_weight.detach().chunk(3)
+    biases = [None] * 3 if layer.in_proj_bias is None else layer.in_proj_bias.detach().chunk(3)
+    return [
+        F.linear(x, weight, bias).requires_grad_() for x, weight, bias in zip(inputs, weights, biases, strict=True)
+    ]
+
+
+def _attend(layer: nn.MultiheadAttention, projected: Sequence[Tensor], options: Mapping[str, Any]) -> Tensor:
+    """The input of the output projection.
+
+    PyTorch's own function computes it, between projections that are the identity. So masks, added biases and dropout
+    are those of the call.
+    """
+    query, key, value = projected
+    identity = torch.eye(layer.embed_dim, dtype=query.dtype, device=query.device)
+    attended, _ = F.multi_head_attention_forward(
+        query,
+        key,
+        value,
+        embed_dim_to_check=layer.embed_dim,
+        num_heads=layer.num_heads,
+        in_proj_weight=None,
+        in_proj_bias=None,
+        bias_k=layer.bias_k,
+        bias_v=layer.bias_v,
+        add_zero_attn=layer.add_zero_attn,
+        dropout_p=layer.dropout,
+        out_proj_weight=identity,
+        out_proj_bias=None,
+        training=layer.training,
+        use_separate_proj_weight=True,
+        q_proj_weight=identity,
+        k_proj_weight=identity,
+        v_proj_weight=identity,
+        **options,
+    )
+    return attended

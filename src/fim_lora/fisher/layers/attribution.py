@@ -1,0 +1,97 @@
+"""Which rows of a layer's input belong to which example of the batch: the documented rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class UnattributableError(Exception):
+    """Rows of the input of a layer do not belong to an example."""
+
+
+def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Make the examples the leading dimension of the input of a linear layer and of the gradient of its output.
+
+    The first rule that applies decides:
+
+    1. The leading dimension is the batch: nothing changes.
+    2. The second of three or more dimensions is the batch (sequence first): the two are swapped.
+    3. The leading dimension is a multiple of the batch, as after `hidden.view(-1, d)`: consecutive rows belong to
+       the same example.
+    4. Otherwise rows cannot be attributed to examples. Tokens routed to an expert are such rows, unless their number
+       happens to be a multiple of the batch, which cannot be distinguished from rule 3. Rows cannot be attributed
+       either if rules 2 and 3 both apply, because they contradict each other: windows of an image or of a video, with
+       as many positions as there are examples, look like a sequence whose length is a multiple of the batch.
+
+    Args:
+        x: Input of the layer (B × … or (B·k) × … or T × B × …).
+        g: Gradient of its output, with the same leading dimensions.
+        batch_size: Examples in the batch, B.
+
+    Returns:
+        `x` and `g` with leading dimension B.
+
+    Raises:
+        UnattributableError: By rule 4.
+    """
+    if x.ndim == 1:
+        x, g = x.unsqueeze(0), g.unsqueeze(0)
+    if x.shape[0] != batch_size and x.ndim >= 3 and x.shape[1] == batch_size:
+        if batch_size > 1 and x.shape[0] % batch_size == 0:
+            raise UnattributableError
+        return x.transpose(0, 1), g.transpose(0, 1)
+    return by_leading_dimension(x, g, batch_size)
+
+
+def by_leading_dimension(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """As `by_example` without rule 2, for a layer whose second dimension is never the batch, such as channels.
+
+    It takes `x` and `g` as (B × …) or ((B·k) × …), and returns them as (B × …) or (B × k × …). Raises
+    `UnattributableError` if the leading dimension is not a multiple of the batch.
+    """
+    if x.shape[0] == batch_size:
+        return x, g
+    if x.shape[0] % batch_size:
+        raise UnattributableError
+    rows = x.shape[0] // batch_size
+    return x.reshape(batch_size, rows, *x.shape[1:]), g.reshape(batch_size, rows, *g.shape[1:])
+
+
+def flatten_positions(value: Tensor) -> Tensor:
+    """Reshape (B × … × d) to (B × T × d)."""
+    return value.reshape(value.shape[0], -1, value.shape[-1])
+
+
+def concatenate_calls(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join the `x` and `g` of all calls as positions of one call: the gradient of the weight is the sum over them."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([x for x, _ in pairs], dim=1), torch.cat([g for _, g in pairs], dim=1)
+
+
+def batch_size_of(batch: Any, main_input_name: str | None = None) -> int | None:
+    """Number of examples in a batch: a mapping, sequence or tensor, or a nesting of these.
+
+    It is the leading dimension of the main input (`model.main_input_name` in transformers) if the batch has it, else
+    of the first tensor that has a dimension; `None` without such a tensor.
+    """
+    if main_input_name is not None and isinstance(batch, Mapping):
+        main_input = batch.get(main_input_name)
+        if isinstance(main_input, Tensor) and main_input.ndim > 0:
+            return main_input.shape[0]
+    return next((tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0), None)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        for value in batch:
+            yield from _tensors(value)

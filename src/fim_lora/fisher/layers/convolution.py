@@ -1,0 +1,81 @@
+"""Convolutions with any stride, padding, dilation and groups, by PyTorch's own gradient of the weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from ..gradients.products import compute_dtype, without_autocast
+from .attribution import by_leading_dimension
+from .call import LayerCall
+from .registry import TargetLayer, Weight, base_layer_of, register_layer_type
+
+# By the number of spatial dimensions.
+_WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
+
+
+def _convolution_weight(layer: Any) -> Weight:
+    """In PEFT, A (r × C_in × kernel) does not have groups, but B (C_out × r / groups) does."""
+    base = base_layer_of(layer)
+    d_in = base.in_channels * math.prod(base.kernel_size)
+    return Weight(
+        d_out=base.out_channels,
+        d_in=d_in,
+        num_entries=base.out_channels * d_in // base.groups,
+        parameters_per_rank=d_in + base.out_channels // base.groups,
+        rank_step=base.groups,
+    )
+
+
+@register_layer_type(nn.Conv1d, nn.Conv2d, nn.Conv3d, weight=_convolution_weight)
+def measure_convolution(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
+    """`‖G_t‖²_F` (B) from inputs (B × C_in × …) and gradients (B × C_out × …), or from those of a single image.
+
+    Raises `UnattributableError`.
+    """
+    num_dimensions = target.module.weight.ndim  # of a batch of images, too
+    pairs = []
+    for call in calls:
+        x, g = call.input, call.gradient
+        if x.ndim < num_dimensions:
+            x, g = x.unsqueeze(0), g.unsqueeze(0)
+        x, g = by_leading_dimension(x, g, batch_size)
+        # (B × n × C × …), because an example may have n images.
+        x, g = (value.reshape(batch_size, -1, *value.shape[1 - num_dimensions :]) for value in (x, g))
+        pairs.append((x, g))
+    return convolution_squared_norms(target.module, pairs)
+
+
+def convolution_squared_norms(
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """`‖G_t‖²_F` (B), in float32 or float64, one example at a time.
+
+    There is one pair for each call: input (B × n × C_in × …) and gradient of the output (B × n × C_out × …). Only the
+    geometry of the layer is used. Inputs are not unfolded, and only one gradient of the weight exists at a time.
+    """
+    weight_gradient = _WEIGHT_GRADIENTS[layer.weight.ndim - 2]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    dtype = compute_dtype(*pairs[0])
+    norms = []
+    with torch.no_grad(), without_autocast(pairs[0][0].device.type):
+        for example in range(len(pairs[0][0])):
+            gradient = sum(
+                weight_gradient(
+                    F.pad(x[example].to(dtype), layer._reversed_padding_repeated_twice, mode=mode),
+                    layer.weight.shape,
+                    g[example].to(dtype),
+                    stride=layer.stride,
+                    dilation=layer.dilation,
+                    groups=layer.groups,
+                )
+                for x, g in pairs
+            )
+            norms.append(torch.linalg.vector_norm(gradient).square())
+    return torch.stack(norms)

@@ -1,0 +1,59 @@
+"""Embeddings: row i of `G_t` is the sum of `g` over the positions of example t that hold id i."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..gradients.products import MAX_TEMPORARY_BYTES, compute_dtype, slices
+from .attribution import by_leading_dimension, concatenate_calls, flatten_positions
+from .call import LayerCall
+from .registry import TargetLayer, Weight, base_layer_of, register_layer_type
+
+
+def _embedding_weight(layer: Any) -> Weight:
+    base = base_layer_of(layer)
+    return Weight(base.embedding_dim, base.num_embeddings)
+
+
+@register_layer_type(nn.Embedding, weight=_embedding_weight)
+def measure_embedding(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
+    """`‖G_t‖²_F` (B) from ids (B × …) and gradients (B × … × d).
+
+    The row of `padding_idx` has no gradient, as in PyTorch. If the layer has an `embed_scale`, its output and
+    therefore its gradient include it, as in PEFT. Raises `UnattributableError` if ids do not belong to an example,
+    such as positions that all examples share.
+    """
+    pairs = [by_leading_dimension(call.input, call.gradient, batch_size) for call in calls]
+    ids, g = concatenate_calls([(ids.reshape(batch_size, -1), flatten_positions(g)) for ids, g in pairs])
+    scale = float(getattr(target.module, "embed_scale", 1.0))
+    return embedding_squared_norms(ids, g, target.module.padding_idx) * scale**2
+
+
+def embedding_squared_norms(
+    ids: Tensor, g: Tensor, padding_idx: int | None = None, max_temporary_bytes: int = MAX_TEMPORARY_BYTES
+) -> Tensor:
+    """`‖G_t‖²_F` (B), in float32 or float64, from ids of any integer type (B × T) and gradients `g` (B × T × d).
+
+    The row of `padding_idx` has no gradient. `max_temporary_bytes` bounds the temporary memory: sums over positions
+    for some of the features.
+    """
+    dtype = compute_dtype(g, g)
+    examples, positions, features = g.shape
+    if positions == 0:
+        return g.new_zeros(examples, dtype=dtype)
+    num_ids = ids.max() + 1
+    example_index = torch.arange(examples, device=ids.device).unsqueeze(1)
+    pairs, pair_of_position = torch.unique((example_index * num_ids + ids).flatten(), return_inverse=True)
+    size = max(max_temporary_bytes // (2 * examples * positions * dtype.itemsize), 1)
+    by_pair = g.new_zeros(len(pairs), dtype=dtype)
+    for columns in slices(features, size):
+        block = g[:, :, columns].flatten(0, 1).to(dtype)
+        sums = block.new_zeros(len(pairs), block.shape[1]).index_add_(0, pair_of_position, block)
+        by_pair += sums.square_().sum(1)
+    if padding_idx is not None:
+        by_pair[pairs % num_ids == padding_idx] = 0
+    return by_pair.new_zeros(examples).index_add_(0, pairs // num_ids, by_pair)

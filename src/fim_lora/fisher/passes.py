@@ -1,0 +1,71 @@
+"""`Pass`: one forward and backward pass while it is running."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, TypeVar
+from weakref import ReferenceType
+
+import torch
+from torch import Tensor
+
+from ..runtime.distributed import process_number
+from .layers.call import LayerCall
+from .saved import SavedInput
+
+Measurement = TypeVar("Measurement")
+
+
+@dataclass
+class Pass(Generic[Measurement]):
+    """One forward and backward pass.
+
+    Attributes:
+        batch_size: Examples, if known.
+        sequences_per_example: Sequences that make up one example.
+        counts: Whether the pass is a calibration batch.
+        num_calls: Layer name to the number of its calls in the forward pass.
+        latest_input: Layer name to the input of its latest call, until the layer's adapter is called.
+        waiting: Layer name to the calls whose gradient has arrived, until all calls of the layer have one.
+        measured: Layer name to its measurement.
+        num_outstanding: Calls whose gradient has not arrived.
+        has_gradients: Whether the backward pass has begun.
+        running: Autograd runs that have begun and not ended.
+        process: Number of this process.
+        loss: The loss (1), if known.
+    """
+
+    batch_size: int | None = None
+    sequences_per_example: int = 1
+    counts: bool = True
+    num_calls: dict[str, int] = field(default_factory=dict)
+    latest_input: dict[str, ReferenceType[SavedInput]] = field(default_factory=dict)
+    waiting: dict[str, list[LayerCall]] = field(default_factory=dict)
+    measured: dict[str, Measurement] = field(default_factory=dict)
+    num_outstanding: int = 0
+    has_gradients: bool = False
+    running: set[int] = field(default_factory=set)
+    process: int = field(default_factory=process_number)
+    loss: Tensor | None = None
+
+    def add_call(self, name: str) -> None:
+        """Count a call of a layer in the forward pass."""
+        self.num_calls[name] = self.num_calls.get(name, 0) + 1
+        self.num_outstanding += 1
+
+    def add_gradient(self, name: str, call: LayerCall) -> list[LayerCall] | None:
+        """Add a call whose gradient has arrived; return all calls of the layer if this was the last one."""
+        waiting = self.waiting.setdefault(name, [])
+        waiting.append(call)
+        self.has_gradients = True
+        self.num_outstanding -= 1
+        return self.waiting.pop(name) if len(waiting) == self.num_calls.get(name) else None
+
+    def note_backward(self) -> None:
+        """Note the current autograd run until it ends. A run that raises never ends."""
+        run = torch._C._current_graph_task_id()
+        if run not in self.running:
+            self.running.add(run)
+            # FSDP learns of the end of a backward pass in the same way; there is no public function.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self.running.discard, run))

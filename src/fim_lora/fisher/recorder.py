@@ -1,0 +1,230 @@
+"""`Recorder`: hooks that turn forward and backward passes into measurements of each target layer.
+
+A forward hook on each base layer saves its input x, a hook on its output receives the gradient g, and a `Statistic`
+measures both. Only the running sums of the statistic are kept between batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..runtime.distributed import gather_from_all
+from .hooks import AdapterHook, RootHook, is_inside_backward, layer_hook
+from .layers.attribution import UnattributableError
+from .layers.call import LayerCall
+from .layers.registry import TargetLayer, target_layer
+from .passes import Pass
+from .saved import SavedCall, SavedInput
+from .statistic import BatchRows, Statistic
+
+Measurement = TypeVar("Measurement")
+Result = TypeVar("Result")
+
+
+class Recorder(Generic[Measurement, Result]):
+    """Watches the passes of a model and hands the calls of its target layers to a statistic.
+
+    One backward pass is one calibration batch, together with all forward passes since the previous one. Two forward
+    passes that each have their own backward pass must alternate. A layer that is called several times before the
+    backward pass (shared weights, two forward passes into one loss) is measured with the gradient of all its uses
+    together. Calls under `torch.no_grad` are treated as the first pass of reentrant gradient checkpointing, unless
+    the whole model runs without gradients: that is an evaluation and leaves no trace.
+
+    Args:
+        layers: Name, as in the base model, to target layer, PEFT's LoRA layer or base layer.
+        statistic: What to measure.
+
+    Raises:
+        TypeError: If a layer's class has no registered layer type.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, TargetLayer | nn.Module], statistic: Statistic[Measurement, Result]
+    ) -> None:
+        self.layers = {
+            name: layer if isinstance(layer, TargetLayer) else target_layer(name, layer)
+            for name, layer in layers.items()
+        }
+        self.statistic = statistic
+        self.paused = False
+        self.num_batches = 0
+        self._last_batch: int | None = None
+        self._run = 0
+        self._pass: Pass[Measurement] = Pass()
+        self._evaluating = False
+        self._handles: list[RemovableHandle] = []
+
+    def start(
+        self, *roots: nn.Module, adapters: Mapping[str, nn.Module] | None = None, max_batches: int | None = None
+    ) -> None:
+        """Register the hooks. A recorder that was stopped goes on with what it has collected.
+
+        Args:
+            roots: Modules whose call is a forward pass of the whole model; they tell the batch size. Without them it
+                is the leading dimension of each layer's input, or what `batch` was given.
+            adapters: Layer name to a module that is called after the layer. If its input is a copy of the layer's
+                input in another dtype, as with float32 adapters in a bfloat16 model, autograd keeps that copy, and
+                the recorder saves it instead of a second tensor.
+            max_batches: The recorder stops after this many further batches; `None` for no limit.
+        """
+        self.stop()
+        self._close_pass()
+        self._pass, self._run = Pass(), self._run + 1  # gradients of calls before this moment are ignored
+        self._last_batch = None if max_batches is None else self.num_batches + max_batches
+        for layer in self.layers.values():
+            self._handles += layer_hook(self, layer).register()
+        for name, adapter in (adapters or {}).items():
+            self._handles.append(adapter.register_forward_pre_hook(AdapterHook(self, name)))
+        for root in roots:
+            root_hook = RootHook(self)
+            self._handles.append(root.register_forward_pre_hook(root_hook.before, with_kwargs=True))
+            self._handles.append(root.register_forward_hook(root_hook))
+
+    def stop(self) -> None:
+        """Remove the hooks and keep what was collected."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def recording(self, *roots: nn.Module) -> Iterator[None]:
+        """Record inside of the block: `start` and `stop`."""
+        self.start(*roots)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    @contextmanager
+    def batch(self, batch_size: int | None, sequences_per_example: int = 1, counts: bool = True) -> Iterator[None]:
+        """One forward and backward pass, which counts even if no layer receives a gradient (it is zero then).
+
+        Args:
+            batch_size: Examples in the batch; `None` for the leading dimension of each layer's input.
+            sequences_per_example: Sequences that make up one example; see `LayerCall.grouped_by_example`.
+            counts: Whether the pass is a calibration batch at all.
+        """
+        current = self._pass = Pass(batch_size, sequences_per_example, counts)
+        yield
+        if self._pass is current:
+            self._finish_batch()
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Note the loss, one element, before its backward pass; a loss that is not finite makes the batch unusable.
+
+        The gradients alone do not tell: PyTorch's mean over no tokens is NaN and has gradients of zero.
+        """
+        self._pass.loss = loss.detach().reshape(1)
+
+    def result(self) -> Result:
+        """The result so far, over the examples of all processes. Every process has to call this.
+
+        Raises:
+            RuntimeError: If another process failed; see also `Statistic.result`.
+        """
+        first, *others = gather_from_all(self._finished_statistic)
+        return first.merge(others).result(self.layers)
+
+    def _finished_statistic(self) -> Statistic[Measurement, Result]:
+        self._close_pass()
+        return self.statistic
+
+    def begin_forward(self, batch_size: int | None) -> None:
+        """A forward pass of the whole model begins. Several before one backward pass make one batch."""
+        self._close_pass()
+        self._evaluating = not torch.is_grad_enabled()
+        if not self._evaluating:
+            self._pass.batch_size = batch_size
+
+    def begin_call(self, name: str) -> int | None:
+        """Count a call in the forward pass; a recomputation by gradient checkpointing was counted before."""
+        if self.paused:
+            return None
+        if is_inside_backward():
+            return self._run
+        if self._evaluating and not torch.is_grad_enabled():
+            return None
+        self._close_pass()
+        if self._is_full:
+            return None
+        self._pass.add_call(name)
+        return self._run
+
+    def note_input(self, name: str, saved: SavedInput) -> None:
+        """Remember the input for the adapter that is called next; the reference lives as long as the graph."""
+        self._pass.latest_input[name] = ref(saved)
+
+    def note_adapter_input(self, name: str, x: Tensor) -> None:
+        """Save the tensor that autograd keeps for the adapter, where it is a copy of the layer's input."""
+        latest = self._pass.latest_input.pop(name, None)
+        saved = None if latest is None else latest()
+        if saved is not None:
+            saved.replace_by_copy(x)
+
+    def note_backward(self) -> None:
+        """The gradient of the model's output has arrived."""
+        if not self.paused and not self._is_full:
+            self._pass.note_backward()
+
+    def receive(self, name: str, run: int, saved: SavedInput | SavedCall, *gradients: Tensor | None) -> None:
+        """Pair a call with its gradients; measure the layer after its last call, and finish after the last layer."""
+        if self.paused or self._is_full or run != self._run:
+            return
+        current = self._pass
+        current.note_backward()
+        detached = (None if gradient is None else gradient.detach() for gradient in gradients)
+        calls = current.add_gradient(name, saved.with_gradients(name, *detached))
+        if calls is not None:
+            current.measured[name] = self._measure(name, calls, current)
+        if current.num_outstanding == 0:
+            self._finish_batch()
+
+    @property
+    def _is_full(self) -> bool:
+        return self.num_batches == self._last_batch
+
+    def _close_pass(self) -> None:
+        """What comes next belongs to another pass. A pass whose backward pass raised counts nothing."""
+        if self._pass.running:
+            self._pass = Pass()
+        elif self._pass.has_gradients:
+            self._finish_batch()
+
+    def _finish_batch(self) -> None:
+        """Add the measurements of the current pass to the statistic."""
+        finished, self._pass = self._pass, Pass()
+        if not finished.counts:
+            return
+        for name, calls in finished.waiting.items():
+            finished.measured[name] = self._measure(name, calls, finished)
+        self.num_batches += 1
+        if self._is_full:
+            self.stop()
+        self.statistic.add(finished.measured, finished.batch_size, finished.loss)
+
+    def _measure(self, name: str, calls: list[LayerCall], current: Pass[Measurement]) -> Measurement:
+        layer, x = self.layers[name], calls[0].input
+        size = current.batch_size or (x.shape[0] if x.ndim > 1 else 1)
+        if current.sequences_per_example > 1:
+            keep_rows = layer.layer_type.needs_replay
+            calls = [call.grouped_by_example(size, current.sequences_per_example, keep_rows) for call in calls]
+        rows = BatchRows(size, size, self.num_batches, current.process)
+        was_paused, self.paused = self.paused, True  # a layer that is run again may contain watched layers
+        try:
+            return self.statistic.measure(layer, calls, rows)
+        except UnattributableError:
+            return self.statistic.measure(layer, calls, replace(rows, num_groups=1))
+        finally:
+            self.paused = was_paused
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pass belongs to a graph, which can be neither copied nor pickled.
+        return self.__dict__ | {"_pass": Pass()}

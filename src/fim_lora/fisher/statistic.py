@@ -1,0 +1,72 @@
+"""`Statistic`: what is measured on the calls of the target layers, and how measurements add up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+from typing_extensions import Self
+
+from .layers.call import LayerCall
+from .layers.registry import TargetLayer
+
+Measurement = TypeVar("Measurement")
+Result = TypeVar("Result", covariant=True)
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """How the rows of a layer's calls divide into the examples of a batch.
+
+    Attributes:
+        batch_size: Examples in the batch, B. The back-propagated loss is the mean of their losses.
+        num_groups: Groups of rows to measure: B, or 1 if the rows cannot be attributed to examples and the whole
+            batch counts as one example.
+        batch_index: Number of the batch in this process, from 0.
+        process: Number of this process.
+    """
+
+    batch_size: int
+    num_groups: int
+    batch_index: int
+    process: int
+
+
+class Statistic(Protocol[Measurement, Result]):
+    """A quantity that a `Recorder` collects from layer calls, batch by batch.
+
+    `measure` runs inside the backward pass, so it should leave its result on the layer's device. `add` runs once a
+    batch. A statistic is picklable, because processes exchange it to `merge`.
+    """
+
+    def measure(self, layer: TargetLayer, calls: Sequence[LayerCall], rows: BatchRows) -> Measurement:
+        """Measure one layer in one batch.
+
+        Args:
+            layer: The target layer.
+            calls: Its calls in the forward pass, each with its input x and the gradient g of its output.
+            rows: How the rows of x and g divide into examples.
+
+        Returns:
+            The measurement.
+
+        Raises:
+            UnattributableError: If rows belong to no example. The recorder then measures again with one group.
+        """
+
+    def add(self, measured: Mapping[str, Measurement], batch_size: int | None, loss: Tensor | None) -> None:
+        """Add a finished batch.
+
+        Args:
+            measured: Layer name to measurement. A layer that is missing received no gradient.
+            batch_size: Examples in the batch, if known.
+            loss: The loss (1), if known.
+        """
+
+    def merge(self, others: Sequence[Self]) -> Self:
+        """Return the statistic over the examples of all processes; `self` is that of process 0."""
+
+    def result(self, layers: Mapping[str, TargetLayer]) -> Result:
+        """Return the result over all batches, by layer name."""

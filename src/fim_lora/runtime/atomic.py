@@ -1,0 +1,72 @@
+"""All-or-nothing writing: files are written completely or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def staged_files(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder; move the files in it to `folder` when the block ends without an exception.
+
+    The temporary folder is created beside `folder` if that does not exist yet, and in it otherwise, so that both are
+    on the same file system. An exception leaves neither the temporary folder nor anything new in `folder`; other files
+    in `folder` stay.
+    """
+    folder = folder.resolve()
+    is_new = not folder.exists()
+    place = folder.parent if is_new else folder
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=".fim-lora-") as temporary:
+        # One level deeper, because a temporary directory is private and the result should not be.
+        stage = Path(temporary) / "files"
+        stage.mkdir()
+        yield stage
+        if is_new:
+            stage.replace(folder)
+            return
+        for file in sorted(stage.iterdir()):
+            file.replace(folder / file.name)
+
+
+def write_text(path: str | os.PathLike[str], text: str, *, make_folders: bool = False) -> None:
+    """Write a text file completely or not at all.
+
+    Raises:
+        OSError: If the file cannot be written, or its folder does not exist and `make_folders` is false.
+    """
+    path = Path(path)
+    if not make_folders:
+        path.parent.resolve(strict=True)
+    with staged_files(path.parent) as stage:
+        (stage / path.name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write JSON types to a file, completely or not at all.
+
+    Raises:
+        OSError: If the file cannot be written.
+        ValueError: If a number is NaN or infinite.
+    """
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def restored_on_error(path: Path) -> Iterator[None]:
+    """Restore a file, or its absence, if the block raises."""
+    before = path.read_bytes() if path.exists() else None
+    try:
+        yield
+    except BaseException:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(before)
+        raise

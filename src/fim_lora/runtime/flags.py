@@ -1,0 +1,38 @@
+"""Training mode and `requires_grad`, set for a while and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def requires_grad_restored(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Restore `requires_grad` of every parameter afterwards, also after an exception."""
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode without trainable parameters; afterwards both are restored per module and per parameter."""
+    training = [(module, module.training) for module in model.modules()]
+    with requires_grad_restored(model.parameters()):
+        try:
+            model.eval()
+            model.requires_grad_(False)
+            for module, _ in training:
+                if type(module).__module__.startswith("bitsandbytes."):
+                    # In eval mode bitsandbytes may use kernels for inference, which are coarser and pass no gradient.
+                    # Nothing else in its layers depends on the mode.
+                    module.training = True
+            yield
+        finally:
+            for module, mode in training:
+                module.training = mode

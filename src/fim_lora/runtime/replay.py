@@ -1,0 +1,75 @@
+"""The state on which a call depends besides its arguments and weights, so that it can be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """State of the random number generators of the host, and of the devices of some tensors.
+
+    Attributes:
+        host: State of the host.
+        devices: Index of each device.
+        states: State of each device.
+        device_type: Type of the devices.
+    """
+
+    host: Tensor
+    devices: list[int]
+    states: list[Tensor]
+    device_type: str
+
+    @classmethod
+    def capture(cls, *tensors: Any) -> RandomState:
+        """Capture the current state; tensors anywhere in `tensors` tell the devices."""
+        types = (leaf.device.type for leaf in tree_flatten(tensors)[0] if isinstance(leaf, Tensor))
+        device_type = next((name for name in types if name not in ("cpu", "meta")), "cuda")
+        return cls(torch.get_rng_state(), *get_device_states(*tensors), device_type=device_type)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, random numbers repeat those drawn after the capture. Outside, nothing changes."""
+        with torch.random.fork_rng(self.devices, device_type=self.device_type):
+            torch.set_rng_state(self.host)
+            set_device_states(self.devices, self.states, device_type=self.device_type)
+            yield
+
+
+@dataclass(frozen=True)
+class CallState:
+    """State of random numbers and autocast at a call.
+
+    Attributes:
+        random: The random numbers.
+        autocast: Device type to whether autocast is on, and the dtype that it computes in.
+    """
+
+    random: RandomState
+    autocast: Mapping[str, tuple[bool, torch.dtype]]
+
+    @classmethod
+    def capture(cls, *tensors: Any) -> CallState:
+        """Capture the current state; tensors anywhere in `tensors` tell the devices."""
+        random = RandomState.capture(*tensors)
+        types = {"cpu", random.device_type}
+        return cls(random, {name: (torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in types})
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, a call behaves as at the capture. Outside, nothing changes."""
+        with ExitStack() as stack:
+            for device_type, (enabled, dtype) in self.autocast.items():
+                if enabled or torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, dtype, enabled=enabled))
+            stack.enter_context(self.random.restored())
+            yield

@@ -1,0 +1,133 @@
+"""The first story: a model and batches give the eFIM score of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from .adapter.lora_layers import adapter_layers, name_in_base_model
+from .adapter.pending_config import lora_config_of
+from .adapter.targets import convert_targets
+from .adapter.watching import lora_layers_disabled, watched
+from .config import FimConfig
+from .fisher.calibration import ForwardFn, calibrate
+from .fisher.layers.registry import target_layer
+from .fisher.norm_sums import NormSums
+from .fisher.scores import FimScores, LayerScore
+from .runtime.wrappers import unwrap_engine
+
+
+def get_fim_scores(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: ForwardFn | None = None,
+    adapter_name: str = "default",
+    show_progress_bar: bool = True,
+) -> FimScores:
+    """The eFIM score of every layer that a LoRA adapter targets, without changing anything.
+
+    Args:
+        model: A model with a LoRA adapter, or a plain model together with `peft_config`. For a plain model no adapter
+            is created, and the targets are those that PEFT would adapt.
+        dataloader: Yields batches, see `initialize_lora_fim_ranks`.
+        peft_config: Needed for a model without adapters. Its `fim_config` says how many batches to use; without
+            one, the default of `FimConfig` applies.
+        forward_fn: See `initialize_lora_fim_ranks`.
+        adapter_name: The adapter whose layers are scored, if the model has adapters.
+        show_progress_bar: Whether to show a progress bar.
+
+    Returns:
+        Layer name, as in the base model, to score.
+
+    Raises:
+        ValueError: If `peft_config` is missing, not a LoRA config or has `layer_replication` for a model without
+            adapters; if the adapter does not exist, nothing is targeted, or an adapter is merged; if `peft_config`
+            awaits its ranks and PEFT does not have its initialization for a layer; if the dataloader is empty or
+            its batches give no usable loss.
+        RuntimeError: If no batch had finite gradients, the eFIM of every layer is zero, or another process failed.
+        TypeError: If a layer's class is not supported, or the forward pass returns no loss.
+    """
+    model = unwrap_engine(model)
+    if hasattr(model, "peft_config"):
+        config = peft_config or lora_config_of(model, adapter_name)
+        scores = scores_of_adapter(model, adapter_name, dataloader, config, forward_fn, show_progress_bar)
+        return scores.for_targets(watched(model, adapter_name).converted_targets)
+    if peft_config is None:
+        raise ValueError("The model has no adapter: pass a LoraConfig as `peft_config` to say what to score.")
+    if getattr(peft_config, "layer_replication", None):
+        raise ValueError(
+            "With layer_replication the layers exist only in the adapted model: call `get_peft_model` first and pass "
+            "its result."
+        )
+    targets, converted = convert_targets(model, peft_config)
+    scores = _calibrated(model, targets, dataloader, peft_config, forward_fn, show_progress_bar)
+    return scores.for_targets(converted)
+
+
+def scores_of_adapter(
+    model: nn.Module,
+    adapter_name: str,
+    dataloader: Iterable[Any],
+    config: LoraConfig,
+    forward_fn: ForwardFn | None,
+    show_progress_bar: bool,
+    **options: Any,
+) -> FimScores:
+    """Scores of the layers of an adapter; `options` are further arguments of `calibrate`."""
+    layers = adapter_layers(model, adapter_name)
+    with lora_layers_disabled(model):
+        return _calibrated(model, layers, dataloader, config, forward_fn, show_progress_bar, **options)
+
+
+def _calibrated(
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    dataloader: Iterable[Any],
+    config: LoraConfig,
+    forward_fn: ForwardFn | None,
+    show_progress_bar: bool,
+    **options: Any,
+) -> FimScores:
+    fim_config = getattr(config, "fim_config", None) or FimConfig()
+    statistic = NormSums.for_layers(layers, fim_config.exact)
+    num_batches = fim_config.fim_calibration_batches
+    return calibrate(model, layers, statistic, dataloader, num_batches, forward_fn, show_progress_bar, **options)
+
+
+def checked_scores(given: Mapping[str, LayerScore | float | Tensor], layers: Mapping[str, nn.Module]) -> FimScores:
+    """Scores for exactly these LoRA layers, from scores that a user has given in any supported form.
+
+    Raises:
+        ValueError: If layers are missing or unknown, a score is invalid, or all scores are zero.
+    """
+    by_name = {name_in_base_model(name): score for name, score in given.items()}
+    missing = [name for name in layers if name not in by_name]
+    if missing:
+        raise ValueError(f"`fim_scores` lacks {len(missing)} of {len(layers)} target layers: {missing}.")
+    superfluous = [name for name in by_name if name not in layers]
+    if superfluous:
+        raise ValueError(
+            f"`fim_scores` names {len(superfluous)} layers that the adapter does not target: {superfluous}. Leave "
+            "them out, or target them."
+        )
+    scores = {name: _checked_score(name, by_name[name], layer) for name, layer in layers.items()}
+    if all(score.mean == 0 for score in scores.values()):
+        raise ValueError("Every score in `fim_scores` is zero, so ranks cannot be allocated: pass measured scores.")
+    counts = (given.num_batches, given.num_skipped_batches) if isinstance(given, FimScores) else (0, 0)
+    return FimScores(scores, *counts)
+
+
+def _checked_score(name: str, score: LayerScore | float | Tensor, layer: nn.Module) -> LayerScore:
+    if isinstance(score, LayerScore):
+        return score
+    mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
+    try:
+        weight = target_layer(name, layer).weight
+        shape = (weight.d_out, weight.d_in)
+        return LayerScore(mean, None, 0, shape, weight.parameters_per_rank, weight.rank_step)
+    except ValueError as error:
+        raise ValueError(f"The score of layer {name!r} cannot be used: {error}") from error

@@ -1,0 +1,1 @@
+"""Ranks for trainers of transformers and TRL."""

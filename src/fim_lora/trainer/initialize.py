@@ -1,0 +1,179 @@
+"""Ranks for the LoRA adapter of a trainer, from the trainer's own batches and loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..adapter.checks import require_unmerged
+from ..adapter.pending_config import awaiting_config
+from ..fisher.scores import FimScores
+from ..initialization import initialize_lora_fim_ranks
+from ..rank_allocation import RankAllocation
+from ..ranks.allocation import ALLOCATION_FILE
+from ..runtime.atomic import restored_on_error
+from ..runtime.distributed import gather_from_all, is_main_process, run_on_all
+from ..scoring import scores_of_adapter
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# Their batches hold all chosen texts, then all rejected ones, and an example is a pair.
+_TRAINERS_OF_PAIRS = {"DPOTrainer", "RewardTrainer"}
+
+
+def initialize_lora_fim_ranks_for_trainer(
+    trainer: Trainer,
+    adapter_name: str = "default",
+    resume_from_checkpoint: str | bool | None = None,
+    show_progress_bar: bool = True,
+) -> RankAllocation:
+    """Decide the ranks of a trainer's LoRA adapter from the trainer's own batches and loss, before `train()`.
+
+    The calibration uses the trainer's collator, sampler, sharding over processes, `compute_loss` and bfloat16
+    autocast. The model is in eval mode, without its LoRA layers. Float16 autocast is left out, because gradients
+    would vanish without a scaler. `train()` creates the optimizer after the allocation. In trainers of pairs (DPO,
+    reward models) an example is a pair.
+
+    The allocation is also written to `fim_allocation.json` in the trainer's `output_dir`. To resume, run the same
+    script with `resume_from_checkpoint`: then the ranks come from that file, and no calibration runs.
+
+    Args:
+        trainer: A trainer that has not trained yet, whose model has an adapter that awaits allocation. TRL creates it
+            from its `peft_config`.
+        adapter_name: The adapter.
+        resume_from_checkpoint: As for `trainer.train`: a folder, or `True` for the last one in `output_dir`.
+        show_progress_bar: Whether to show a progress bar.
+
+    Returns:
+        Ranks, patterns, scores and counts.
+
+    Raises:
+        ValueError: If the trainer has begun to train, or shards its model (FSDP, ZeRO-3); if there is no checkpoint
+            to resume from, or its ranks are not those of the adapter's config; see also `initialize_lora_fim_ranks`.
+        InvalidFileError: If `fim_allocation.json` beside the checkpoint is damaged.
+        OSError: If it cannot be read or written.
+        TypeError: See `initialize_lora_fim_ranks`.
+        RuntimeError: See `initialize_lora_fim_ranks`.
+    """
+    model = trainer.model
+    config = awaiting_config(model, adapter_name)
+    _require_untrained(trainer)
+    require_unmerged(model)
+    with _batches(trainer) as batches, _metrics_kept(trainer):
+        if resume_from_checkpoint:
+            scores = run_on_all(lambda: _previous_scores(_folder_of(trainer, resume_from_checkpoint), config))
+        else:
+            scores = scores_of_adapter(
+                model,
+                adapter_name,
+                batches,
+                config,
+                _forward_fn(trainer),
+                show_progress_bar,
+                loss_communicates=True,
+                sequences_per_example=_sequences_per_example(trainer),
+            )
+        # The checkpoint may be in another folder.
+        with _saved(RankAllocation.from_scores(scores, config), Path(trainer.args.output_dir) / ALLOCATION_FILE):
+            return initialize_lora_fim_ranks(
+                model,
+                batches if config.fim_config.init_lora_weights == "eva" else None,
+                scores,
+                _forward_fn(trainer),
+                adapter_name,
+                show_progress_bar,
+            )
+
+
+def _require_untrained(trainer: Trainer) -> None:
+    if trainer.model_wrapped is not trainer.model:
+        raise ValueError("The trainer has prepared its model for training: allocate before `trainer.train()`.")
+    if trainer.optimizer is not None and getattr(trainer.optimizer, "state", None):
+        raise ValueError("The trainer's optimizer has taken steps: allocate before, or give the trainer a new one.")
+    if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "The trainer shards its model, but only in `train()`: call `get_fim_scores` on the sharded model in a run "
+            "of its own, and give the trainer the config of `RankAllocation.from_scores(scores, config)"
+            ".to_lora_config(config)`. Nothing more is needed then."
+        )
+
+
+def _sequences_per_example(trainer: Trainer) -> int:
+    return 2 if any(parent.__name__ in _TRAINERS_OF_PAIRS for parent in type(trainer).__mro__) else 1
+
+
+def _forward_fn(trainer: Trainer) -> Any:
+    autocast = trainer.accelerator.autocast if trainer.accelerator.mixed_precision == "bf16" else nullcontext
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        with autocast(), trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, trainer._prepare_inputs(batch))
+
+    return loss
+
+
+@contextmanager
+def _batches(trainer: Trainer) -> Iterator[Any]:
+    """The training batches; afterwards Accelerate does not believe that the trainer is in the middle of them."""
+    dataloader = trainer.get_train_dataloader()
+    try:
+        yield dataloader
+    finally:
+        state = trainer.accelerator.gradient_state
+        if any(reference is dataloader for reference in state.dataloader_references):
+            dataloader.end()
+
+
+@contextmanager
+def _metrics_kept(trainer: Trainer) -> Iterator[None]:
+    """Restore the metrics that trainers of TRL collect whenever they compute a loss, and average into the next log."""
+    before = copy.deepcopy(getattr(trainer, "_metrics", None))
+    try:
+        yield
+    finally:
+        if before is not None:
+            trainer._metrics = before
+
+
+@contextmanager
+def _saved(allocation: RankAllocation, path: Path) -> Iterator[None]:
+    """Write the allocation in one process; restore the previous file if the block fails."""
+
+    def write() -> None:
+        if is_main_process():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            allocation.save(path)
+
+    with restored_on_error(path) if is_main_process() else nullcontext():
+        gather_from_all(write)
+        yield
+
+
+def _folder_of(trainer: Trainer, resume_from_checkpoint: str | bool) -> Path:
+    """The folder that contains the checkpoint."""
+    if not isinstance(resume_from_checkpoint, bool):
+        return Path(resume_from_checkpoint).parent
+    folder = Path(trainer.args.output_dir)
+    if not folder.is_dir() or get_last_checkpoint(folder) is None:
+        raise ValueError(f"There is no checkpoint in {folder} to resume from.")
+    return folder
+
+
+def _previous_scores(folder: Path, config: Any) -> FimScores:
+    path = folder / ALLOCATION_FILE
+    before = RankAllocation.load(path)
+    now = RankAllocation.from_scores(before.scores, config)
+    if (now.ranks, now.alphas) != (before.ranks, before.alphas):
+        raise ValueError(
+            f"The config gives other ranks than {path}, with which the checkpoint was trained: resume with the r, "
+            "lora_alpha, patterns and FimConfig of that run, or start a new one."
+        )
+    return before.scores

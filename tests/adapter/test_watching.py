@@ -1,0 +1,71 @@
+"""An adapter that awaits its ranks watches its model: when its hooks come and go."""
+
+import copy
+import pickle
+
+import pytest
+from peft import get_peft_model
+
+from fim_lora import get_fim_scores, initialize_lora_fim_ranks
+from helpers.adapters import fim_lora_config, fim_model, hooks_of, run_own_loop, state_of
+from helpers.tiny_models import llama, lm_batches
+
+
+def test_hooks_stop_and_go_without_an_allocation():
+    model = fim_model(batches=2)
+    assert hooks_of(model)
+    run_own_loop(model)
+    assert not hooks_of(model)
+    assert initialize_lora_fim_ranks(model).num_batches == 2
+
+
+def test_copies_pickles_and_checkpoints_of_a_model_with_hooks(tmp_path):
+    model = fim_model()
+    run_own_loop(model, lm_batches()[:1])
+    clones = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    model.save_pretrained(tmp_path)
+    assert hooks_of(model)
+    for clone in clones:
+        run_own_loop(clone, lm_batches()[1:])
+        assert not hooks_of(clone)
+    assert hooks_of(model)
+    run_own_loop(model, lm_batches()[1:])
+    ranks = initialize_lora_fim_ranks(model).ranks
+    assert all(initialize_lora_fim_ranks(clone).ranks == ranks for clone in clones)
+
+
+def test_a_dataloader_does_not_disturb_the_own_loop():
+    model = fim_model()
+    run_own_loop(model, lm_batches()[:1])
+    before = hooks_of(model)
+    scores = get_fim_scores(model, lm_batches(), show_progress_bar=False)
+    assert hooks_of(model) == before
+    run_own_loop(model, lm_batches()[1:])
+    allocation = initialize_lora_fim_ranks(model)
+    for name, score in scores.items():
+        assert allocation.scores[name].mean == pytest.approx(score.mean, rel=1e-5)
+
+
+def test_an_adapter_unloaded_before_its_allocation_leaves_no_hooks_to_the_next():
+    model = fim_model()
+    base = model.unload()
+    model = get_peft_model(base, fim_lora_config())
+    run_own_loop(model)
+    assert not hooks_of(model)
+    initialize_lora_fim_ranks(model)
+    assert not any(name.startswith("_fim") for module in model.modules() for name in vars(module))
+
+
+def test_a_calibration_of_one_adapter_is_none_of_another_that_waits():
+    model = fim_model()
+    model.add_adapter("other", fim_lora_config())
+    initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="No calibration batch was seen"):
+        initialize_lora_fim_ranks(model, adapter_name="other")
+    assert state_of(model) == before
+    run_own_loop(model)
+    by_own_loop = initialize_lora_fim_ranks(model, adapter_name="other").scores
+    expected = get_fim_scores(llama(), lm_batches(), fim_lora_config(), show_progress_bar=False)
+    for name, score in expected.items():
+        assert by_own_loop[name].mean == pytest.approx(score.mean, rel=1e-5)

@@ -1,0 +1,212 @@
+"""Errors of the command: one line, and an exit code."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import fim_lora
+import fim_lora.cli.models
+from fim_lora_command import main
+from helpers.cli_inputs import allocate, error_line, files, save_llama, texts, word_tokenizer, write_jsonl
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--r-min", 9], "'--r-min': 9 is above -r 8"),
+        (["--r-max", 7], "'--r-max': 7 is below -r 8"),
+        (["--budget", "money"], "'--budget': 'money' is not one of rank, parameters"),
+        (["--task", "chess"], "'--task': 'chess' is not one of causal-lm, seq-cls"),
+        (["--dtype", "int8"], "'--dtype': 'int8' is not one of auto, float32"),
+        (["--device", "abacus"], "'--device': 'abacus' cannot be used"),
+        (["--score-exponent", 0], "score_exponent must be positive"),
+        (["--score-exponent", "nan"], "score_exponent must be positive"),
+        (["-r", 0], "'-r': "),
+        (["--batch-size", 0], "'--batch-size': "),
+        (["--max-length", 1], "'--max-length': "),
+        (["--column", "text"], "'--column': 'text' is not ROLE=NAME"),
+        (["--column", "topic=x"], "'--column': 'topic' is not one of messages, prompt"),
+        (["--column", "text=a", "--column", "text=b"], "'--column': text is given twice"),
+        (["--target-modules", "(q_proj"], "'--target-modules': '(q_proj' is not a valid regular expression"),
+        (["--target-modules", "q_proj,"], "'--target-modules': 'q_proj,' has an empty name"),
+        (["--nonsense"], "No such option: --nonsense"),
+    ],
+)
+def test_wrong_usage(tmp_path, capsys, options, message):
+    # Neither the model nor the data exists: the options are checked first.
+    assert allocate(tmp_path / "model", tmp_path / "data", tmp_path / "out", *options) == 2
+    line = error_line(capsys)
+    assert message in line
+    assert line.endswith("(see fim-lora allocate --help)")
+    assert files(tmp_path) == []
+
+
+def test_a_missing_command_or_option(capsys):
+    assert main([]) == 2
+    assert "Missing command" in error_line(capsys)
+    assert main(["allocate"]) == 2
+    assert "Missing option" in error_line(capsys)
+
+
+def test_help_and_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fim-lora {fim_lora.__version__}\n"
+    assert main(["allocate", "--help"]) == 0
+    assert "--score-exponent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing/model", "no such file or folder. Give the path of a model, or the name of a model on the Hub"),
+        ("missing.gguf", "no such file or folder"),
+        ("empty", "is not a model: the folder has no config.json"),
+        ("adapter", "is an adapter, not a model"),
+        ("quantised", "give the GGUF file itself"),
+        ("notes.txt", "is not a model: give a GGUF file"),
+        ("broken", "broken cannot be loaded"),
+        ("unknown", "unknown cannot be loaded"),
+        ("encoder-decoder", "Unrecognized configuration class"),
+        ("broken.gguf", "broken.gguf cannot be loaded"),
+    ],
+)
+def test_not_a_model(data, tmp_path, capsys, name, message):
+    for folder, file, content in (
+        ("empty", None, None),
+        ("adapter", "adapter_config.json", "{}"),
+        ("quantised", "a.gguf", "x"),
+        ("broken", "config.json", "{"),
+        ("unknown", "config.json", '{"model_type": "chess_engine"}'),
+        (".", "notes.txt", "x"),
+        (".", "broken.gguf", "x"),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        if file is not None:
+            (tmp_path / folder / file).write_text(content)
+    if name == "encoder-decoder":
+        T5ForConditionalGeneration(
+            T5Config(vocab_size=60, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+        ).save_pretrained(tmp_path / name)
+        word_tokenizer().save_pretrained(tmp_path / name)
+        capsys.readouterr()
+    assert allocate(tmp_path / name, data, tmp_path / "out") == 1
+    assert message in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_the_hub_does_not_have(data, tmp_path, capsys):
+    assert allocate("nobody/nothing", data, tmp_path / "out") == 1
+    assert "nobody/nothing" in error_line(capsys)
+
+
+def test_a_model_without_tokenizer(data, tmp_path, capsys):
+    save_llama(tmp_path / "model")
+    for path in (tmp_path / "model").glob("tokenizer*"):
+        path.unlink()
+    capsys.readouterr()
+    assert allocate(tmp_path / "model", data, tmp_path / "out") == 1
+    assert "tokenizer" in error_line(capsys)
+
+
+def test_a_tokenizer_of_another_model(data, tmp_path, capsys):
+    save_llama(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    model.resize_token_embeddings(5)
+    model.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    assert allocate(tmp_path / "model", data, tmp_path / "out") == 1
+    assert "do not belong together" in error_line(capsys)
+
+
+def test_more_tokens_than_positions(bert, tmp_path, capsys):
+    rows = [{"text": text, "label": label} for text, label in zip(texts(4, 20), "abab", strict=True)]
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    assert allocate(bert, path, tmp_path / "out", "--task", "seq-cls") == 1
+    assert "give --max-length 16" in capsys.readouterr().err
+    assert allocate(bert, path, tmp_path / "out", "--task", "seq-cls", "--max-length", 16) == 0
+
+
+def test_targets_that_are_not_there(llama, data, tmp_path, capsys):
+    assert allocate(llama, data, tmp_path / "out", "--target-modules", "nope") == 1
+    assert "nope" in error_line(capsys)
+
+
+def test_a_layer_that_peft_cannot_adapt(llama, data, tmp_path, capsys):
+    assert allocate(llama, data, tmp_path / "out", "--target-modules", "input_layernorm") == 1
+    assert "Target module LlamaRMSNorm" in error_line(capsys)
+
+
+def test_an_architecture_without_default_targets(llama, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(fim_lora.cli.models.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "llama")
+    assert allocate(llama, data, tmp_path / "out") == 1
+    assert "give --target-modules" in error_line(capsys)
+
+
+def test_ranks_that_no_layer_can_have(llama, data, tmp_path, capsys):
+    assert allocate(llama, data, tmp_path / "out", "-r", 40, "--r-min", 30) == 1
+    assert "cannot have rank 30" in error_line(capsys)
+
+
+def test_bad_data(llama, tmp_path, capsys):
+    assert allocate(llama, tmp_path / "missing.jsonl", tmp_path / "out") == 1
+    assert "no such file. Give the path of a data file, or the name of a dataset on the Hub" in error_line(capsys)
+    (tmp_path / "bad.jsonl").write_text('{"text": "w1"}\n{"text": \n')
+    assert allocate(llama, tmp_path / "bad.jsonl", tmp_path / "out") == 1
+    assert "bad.jsonl cannot be read" in error_line(capsys)
+    path = write_jsonl(tmp_path / "data.jsonl", [{"question": "w1"}])
+    assert allocate(llama, path, tmp_path / "out") == 1
+    assert "--column text='question'" in error_line(capsys)
+    assert allocate(llama, path, tmp_path / "out", "--column", "text=answer") == 1
+    assert "no column 'answer'" in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory(llama, data, tmp_path, capsys, monkeypatch, error):
+    def forward(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    assert allocate(llama, data, tmp_path / "out") == 1
+    assert "lower --batch-size" in error_line(capsys)
+
+
+def test_a_traceback_only_on_request(llama, data, tmp_path, capsys, monkeypatch):
+    def forward(*args, **kwargs):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    assert allocate(llama, data, tmp_path / "out") == 1
+    assert error_line(capsys).startswith("Unexpected KeyError: 'surprise' (set FIM_LORA_DEBUG=1")
+    monkeypatch.setenv("FIM_LORA_DEBUG", "1")
+    assert allocate(llama, data, tmp_path / "out") == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_without_the_extra():
+    code = "import sys; sys.modules['matplotlib'] = None; import fim_lora_command; sys.exit(fim_lora_command.main([]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert "matplotlib" in line
+    assert "pip install 'fim-lora[cli]'" in line
+
+
+def test_the_installed_command_tells_errors_by_its_exit_code(tmp_path):
+    code = "import sys; from fim_lora_command import main; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "show", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1

@@ -1,0 +1,277 @@
+"""Faults of the command in a separate process: Ctrl-C in every phase, a full disk, a folder that cannot be written.
+
+A run stops itself in the tested phase and waits there for a real signal, so that nothing depends on the speed of the
+computer.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from helpers.cli_inputs import OUR_FILES, save_llama, texts, write_jsonl
+
+# Seconds after which a process that does not end is a failure.
+TIME_LIMIT = 300
+
+# For each phase, the module and the function that is replaced: when it is called, the run prints "here" and waits.
+PHASES = {
+    "finding the model": ("fim_lora.cli.allocate", "find_model"),
+    "reading the data": ("fim_lora.cli.allocate", "load_data"),
+    "tokenizing": ("fim_lora.cli.allocate", "tokenize"),
+    "loading the model": ("fim_lora.cli.allocate", "load_model"),
+    "in the forward pass": ("fim_lora.fisher.calibration", "loss_of"),
+    "in the backward pass": ("fim_lora.fisher.layers.linear", "squared_norms"),
+    "allocating": ("fim_lora.ranks.allocation", "allocate_ranks"),
+    "writing": ("fim_lora.ranks.allocation", "write_json"),
+    "drawing": ("fim_lora.cli.allocate", "draw_rank_map"),
+    "printing": ("fim_lora.cli.allocate", "print_summary"),
+}
+
+IMPORTING = """
+import sys, time
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fim_lora.cli.app":
+            print("here", flush=True)
+            time.sleep(1000)
+
+sys.meta_path.insert(0, Finder())
+from fim_lora_command import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+# One process for all phases, because importing everything takes longest.
+RUNS = """
+import contextlib, importlib, io, json, sys, time
+import fim_lora.cli.app  # before the interruption can come
+from fim_lora_command import main
+
+def wait(*args, **kwargs):
+    print("here", flush=True, file=sys.__stdout__)
+    time.sleep(1000)
+
+for line in sys.stdin:
+    module, name, arguments = json.loads(line)
+    module = importlib.import_module(module)
+    original = getattr(module, name)
+    setattr(module, name, wait)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    setattr(module, name, original)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def environment(tmp_path_factory):
+    return os.environ | {"HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+
+
+def write_inputs(folder):
+    data = write_jsonl(folder / "data.jsonl", [{"text": text} for text in texts(12)])
+    return save_llama(folder / "llama"), data
+
+
+def arguments_for(inputs, output, *options):
+    model, data = inputs
+    sizes = ["--batches", "2", "--batch-size", "2"]
+    return ["allocate", "--model", str(model), "--data", str(data), "--output", str(output), *sizes, *options]
+
+
+def previous_output(folder):
+    """A folder with a file of fim-lora, which may be replaced, and a file of the user."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    return folder
+
+
+def snapshot(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in sorted(folder.rglob("*"))}
+
+
+@contextmanager
+def started(code, environment, *arguments):
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # Tests that run in the background of a shell inherit that interruptions are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def run(code, environment, *arguments, **options):
+    options = {"stdout": subprocess.PIPE} | options
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=TIME_LIMIT,
+        env=environment,
+        **options,
+    )
+
+
+def test_an_interruption_while_importing(inputs, tmp_path, environment):
+    arguments = arguments_for(inputs, previous_output(tmp_path / "out"), "--overwrite")
+    before = snapshot(tmp_path)
+    with started(IMPORTING, environment, *arguments) as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=TIME_LIMIT)
+    assert (process.returncode, out, err) == (130, "", "fim-lora: interrupted\n")
+    assert snapshot(tmp_path) == before
+
+
+def test_an_interruption_in_every_phase(inputs, tmp_path, environment):
+    with started(RUNS, environment) as process:
+        for phase, place in PHASES.items():
+            new, old = tmp_path / phase, previous_output(tmp_path / f"{phase}, again")
+            for output in (new, old):
+                before = snapshot(tmp_path)
+                process.stdin.write(json.dumps([*place, arguments_for(inputs, output, "--overwrite")]) + "\n")
+                process.stdin.flush()
+                assert process.stdout.readline() == "here\n", phase
+                process.send_signal(signal.SIGINT)
+                result = json.loads(process.stdout.readline())
+                assert result == [130, "", "fim-lora: interrupted\n"], phase
+                if phase == "printing":  # all files are complete by then
+                    assert set(snapshot(output)) == {*OUR_FILES, *(["notes.txt"] if output == old else [])}
+                    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
+                else:
+                    assert snapshot(tmp_path) == before, phase
+        process.stdin.close()
+        assert process.wait(TIME_LIMIT) == 0
+
+
+# A process cannot fill the disk for itself alone, but it can limit the size of its files. The error number differs
+# from that of a full disk, but the error is raised by the same call, in the middle of a file.
+LIMITED = """
+import contextlib, io, json, resource, signal, sys
+import fim_lora.cli.app, fim_lora.cli.allocate as allocate
+from fim_lora_command import main
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+write, infinity = allocate._write, resource.RLIM_INFINITY
+
+for line in sys.stdin:
+    limit, arguments = json.loads(line)
+
+    def limited(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, infinity))
+        try:
+            write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
+
+    allocate._write = limited
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        code = main(arguments)
+    print(json.dumps([code, err.getvalue()]), flush=True)
+"""
+
+
+def test_a_disk_that_gets_full_while_writing(inputs, tmp_path, environment):
+    previous_output(tmp_path / "old")
+    before = snapshot(tmp_path)
+    # The limits stop the run in the config, in the allocation and in the picture.
+    runs = [(limit, tmp_path / name) for limit in (0, 100, 2500, 8000) for name in ("old", "new")]
+    lines = [json.dumps([limit, arguments_for(inputs, output, "--overwrite")]) + "\n" for limit, output in runs]
+    result = run(LIMITED, environment, input="".join(lines))
+    results = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(results) == len(runs), result.stderr
+    for code, err in results:
+        assert code == 1
+        [line] = err.splitlines()
+        assert line.startswith("fim-lora: error: ")
+        assert "File too large" in line
+    assert snapshot(tmp_path) == before
+
+
+COMMAND = "import sys; from fim_lora_command import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_standard_output_that_is_full(inputs, tmp_path, environment):
+    with Path("/dev/full").open("w") as full:
+        result = run(COMMAND, environment, *arguments_for(inputs, tmp_path / "out"), stdout=full)
+    # The files are written. Only the report could not be printed, and the exit code reports it.
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("fim-lora: error: ")
+    assert "No space left on device" in line
+    assert sorted(snapshot(tmp_path / "out")) == OUR_FILES
+
+
+# Root may write everywhere, so the process changes to another user if the tests run as root.
+UNPRIVILEGED = """
+import os, sys
+import fim_lora.cli.app, fim_lora.cli.allocate as allocate
+from fim_lora_command import main
+
+place, when, *arguments = sys.argv[1:]
+if os.geteuid() == 0:
+    os.chown(place, 65534, 65534)
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+if when == "before":
+    os.chmod(place, 0o555)
+else:
+    write = allocate._write
+
+    def forbidden(*args):
+        os.chmod(place, 0o555)
+        write(*args)
+
+    allocate._write = forbidden
+sys.exit(main(arguments))
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_that_cannot_be_written(exists, when):
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        root.chmod(0o755)
+        inputs = write_inputs(root)
+        for file in inputs[0].iterdir():
+            file.chmod(0o644)
+        place, cache = root / "place", root / "cache"
+        place.mkdir()
+        cache.mkdir()
+        cache.chmod(0o777)
+        home = {name: str(cache) for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR", "TMPDIR")}
+        arguments = arguments_for(inputs, place if exists else place / "out")
+        result = run(UNPRIVILEGED, os.environ | home | {"OMP_NUM_THREADS": "1"}, str(place), when, *arguments)
+        assert (result.returncode, result.stdout) == (1, "")
+        [line] = result.stderr.splitlines()
+        assert line.startswith(f"fim-lora: error: {place}")
+        assert line.endswith(": Permission denied")
+        assert snapshot(place) == {}
+        place.chmod(0o755)

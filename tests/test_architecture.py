@@ -1,0 +1,143 @@
+"""The rules between the rooms of the package, read from its own imports; docs/architecture.md explains them."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import fim_lora
+
+PACKAGE = Path(fim_lora.__file__).parent
+MAX_BODY_LINES, MAX_FILE_LINES = 40, 400
+
+# Room to the rooms that it imports, from the bottom to the top. A room may import only rooms above its line.
+ROOMS = {
+    "config": set(),
+    "runtime": set(),
+    "fisher": {"runtime"},
+    "ranks": {"config", "runtime", "fisher"},
+    "adapter": {"config", "runtime", "fisher"},
+    "rank_allocation": {"config", "fisher", "ranks", "adapter"},
+    "scoring": {"config", "runtime", "fisher", "adapter"},
+    "initialization": {"runtime", "fisher", "adapter", "rank_allocation", "scoring"},
+    "report": {"ranks"},
+    "trainer": {"runtime", "fisher", "ranks", "adapter", "rank_allocation", "scoring", "initialization"},
+    "cli": {"__init__", "config", "runtime", "ranks", "rank_allocation", "scoring", "report"},
+    "__init__": {
+        *("config", "runtime", "fisher", "ranks", "adapter"),
+        *("rank_allocation", "scoring", "initialization", "trainer"),
+    },
+}
+WITHOUT_PEFT = ("config", "runtime", "fisher", "ranks")
+WITHOUT_TORCH = ("config", "ranks")
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+PACKAGES = {module_of(path.parent / "__init__.py") for path in PACKAGE.rglob("*/__init__.py")}
+
+
+def room_of(module):
+    return module.partition(".")[0]
+
+
+def imports_of(module):
+    """Modules of fim_lora, and modules of other packages, that a module imports anywhere in its code."""
+    own, foreign = set(), set()
+    for node in ast.walk(SOURCES[module]):
+        if isinstance(node, ast.Import):
+            foreign.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            foreign.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            own.update(targets_of(module, node))
+    assert not any(room_of(name) == "fim_lora" for name in foreign), f"{module} imports fim_lora by its full name"
+    return own, foreign
+
+
+def targets_of(module, node):
+    parts = module.split(".") if module != "__init__" else []
+    folder = parts if module in PACKAGES or module == "__init__" else parts[:-1]
+    base = folder[: len(folder) - node.level + 1] + (node.module.split(".") if node.module else [])
+    for alias in node.names:
+        submodule = ".".join([*base, alias.name])
+        yield submodule if submodule in SOURCES else ".".join(base) or "__init__"
+
+
+def reachable_from(module):
+    found, waiting = set(), [module]
+    while waiting:
+        for target in imports_of(waiting.pop())[0] - found:
+            found.add(target)
+            waiting.append(target)
+    return found
+
+
+def test_the_rooms_import_exactly_what_the_list_says():
+    edges = {room: set() for room in ROOMS}
+    for module in SOURCES:
+        edges[room_of(module)] |= {room_of(target) for target in imports_of(module)[0]} - {room_of(module)}
+    assert edges == ROOMS
+
+
+def test_the_list_goes_downward_only():
+    order = list(ROOMS)
+    for room, targets in ROOMS.items():
+        upward = {target for target in targets if order.index(target) >= order.index(room)}
+        assert upward <= ({"__init__"} if room == "cli" else set())  # the command prints the version of the package
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if module != "__init__"])
+def test_no_module_imports_itself_in_a_circle(module):
+    through = reachable_from(module) if room_of(module) != "cli" else reachable_from(module) - {"__init__"}
+    assert module not in through
+
+
+@pytest.mark.parametrize(("rooms", "library"), [(WITHOUT_PEFT, "peft"), (WITHOUT_TORCH, "torch")])
+def test_rooms_that_know_nothing_of_a_library(rooms, library):
+    for module in (module for module in SOURCES if room_of(module) in rooms):
+        reached = {module, *reachable_from(module)}
+        assert {name for one in reached for name in imports_of(one)[1] if room_of(name) == library} == set(), module
+
+
+def test_only_the_adapter_reaches_inside_of_peft():
+    """Other rooms may use what `peft` exports, its layer class for annotations, and constants of `peft.utils`."""
+    public = {"peft", "peft.utils", "peft.tuners.lora"}
+    for module in (module for module in SOURCES if room_of(module) != "adapter"):
+        assert {name for name in imports_of(module)[1] if room_of(name) == "peft"} <= public, module
+
+
+def test_the_reader_of_imports_sees_every_form():
+    code = "from . import a\nfrom .b import c\nfrom ..d import e\nimport f.g\nif x:\n    from h import i"
+    SOURCES["adapter.probe"] = ast.parse(code)
+    try:
+        own, foreign = imports_of("adapter.probe")
+    finally:
+        del SOURCES["adapter.probe"]
+    assert (own, foreign) == ({"adapter", "adapter.b", "d"}, {"f.g", "h"})
+
+
+def body_lines(function):
+    """Lines of the body of a function without its docstring; a signature, as that of a typer command, is not in it."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_functions_and_files_are_short(module):
+    functions = [
+        node for node in ast.walk(SOURCES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert {one.name: body_lines(one) for one in functions if body_lines(one) > MAX_BODY_LINES} == {}
+    lines = SOURCES[module].body[-1].end_lineno if SOURCES[module].body else 0
+    assert lines <= MAX_FILE_LINES
+
+
+def test_everything_public_is_documented():
+    for name in fim_lora.__all__:
+        assert sys.modules[fim_lora.__name__].__dict__[name].__doc__
