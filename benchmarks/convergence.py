@@ -1,22 +1,22 @@
-"""How many calibration batches ranks need, and how much a new classifier decides: no training, only scores.
+"""Measure how many calibration batches the ranks need, and how much they depend on a new classifier, without training.
 
     python benchmarks/convergence.py --data FOLDER --encoder FOLDER --decoder FILE.gguf
     python benchmarks/convergence.py --data FOLDER --tasks gsm8k --repeats 1 --decoder FILE.gguf
-    python benchmarks/convergence.py --print    # the table alone
+    python benchmarks/convergence.py --print    # print the table only
 
-A task that has its file in `results/convergence` is not measured again.
+A task that has a file in `results/convergence` is not measured again.
 
-Batches. The exact eFIM of each of 128 batches is measured on its own. Ranks from the first n of 64 are compared with
-ranks from the other 64, which they share no example with. So even 64 batches do not agree fully, and the line of 64
-says how much of the difference is that of two samples of that size.
+Batches. The exact eFIM of each of 128 batches is measured separately. Ranks from the first n of 64 batches are
+compared with ranks from the other 64, which share no example with them. Even 64 batches therefore do not agree fully:
+the row of 64 batches shows the difference between two samples of that size.
 
-Projection. Where examples are longer than 128 tokens, scores are read through a random projection by default; ranks
-from 8 batches are compared with those of exact scores from the same batches.
+Projection. By default, examples longer than 128 tokens are scored through a random projection. Ranks from 8 batches
+are compared with ranks from exact scores of the same batches.
 
-Classifiers. The same 8 batches with new classifiers of several seeds, and with each after a short training of the
-classifier alone; ranks of any two are compared.
+Classifiers. The same 8 batches are scored with new classifiers of several seeds, before and after a short training of
+the classifier alone. The ranks of each pair are compared.
 
-Two numbers: Spearman's correlation of the scores, and the share of layers whose rank differs.
+Every comparison gives two numbers: Spearman's correlation of the scores, and the share of layers whose rank differs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 from peft import LoraConfig
 
 from fim_lora import FimConfig, FimScores, RankAllocation
-from fim_lora.sketch import MOST_EXACT_POSITIONS
+from fim_lora.fisher.gradients.sketch import MAX_EXACT_POSITIONS
 from quality_methods import Setting, fim_scores, with_means
 from quality_tasks import (
     DEFAULT_TASKS,
@@ -52,11 +52,11 @@ from quality_variants import warm_head
 
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
 DEFAULT_NUMBER = 8
-"""Batches of a calibration if nothing else is said."""
+"""Default number of batches of a calibration."""
 
 
 def agreement(one: FimScores, other: FimScores, rank: int) -> dict[str, float]:
-    """How far two measurements of the same layers agree.
+    """Agreement of two measurements of the same layers.
 
     Args:
         one: Scores.
@@ -64,13 +64,13 @@ def agreement(one: FimScores, other: FimScores, rank: int) -> dict[str, float]:
         rank: Rank of uniform LoRA.
 
     Returns:
-        `correlation`, Spearman's of the scores; `layers_changed`, the share of layers whose rank differs under a
-        parameter budget.
+        `correlation`: Spearman's correlation of the scores. `layers_changed`: share of layers whose rank differs under
+        a parameter budget.
     """
-    ranks = [_ranks(scores, rank) for scores in (one, other)]
-    changed = [ranks[0][name] != ranks[1][name] for name in one]
-    positions = [np.argsort(np.argsort([scores.means[name] for name in one])) for scores in (one, other)]
-    return {"correlation": float(np.asarray(np.corrcoef(positions))[0, 1]), "layers_changed": mean(changed)}
+    lora_ranks = [_ranks(scores, rank) for scores in (one, other)]
+    changed = [lora_ranks[0][name] != lora_ranks[1][name] for name in one]
+    order_ranks = [np.argsort(np.argsort([scores.means[name] for name in one])) for scores in (one, other)]
+    return {"correlation": float(np.asarray(np.corrcoef(order_ranks))[0, 1]), "layers_changed": mean(changed)}
 
 
 def _ranks(scores: FimScores, rank: int) -> dict[str, int]:
@@ -79,13 +79,13 @@ def _ranks(scores: FimScores, rank: int) -> dict[str, int]:
 
 
 def mean_scores(measured: Sequence[FimScores]) -> FimScores:
-    """The scores of several batches of equal size together, which are the mean of theirs."""
+    """The scores of several batches of equal size: the mean over the batches."""
     means = {name: mean(scores[name].mean for scores in measured) for name in measured[0]}
     return with_means(measured[0], means)
 
 
-def means_of(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of every column."""
+def column_means(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each key over rows with the same keys."""
     listed = list(rows)
     return {key: mean(row[key] for row in listed) for key in listed[0]}
 
@@ -99,14 +99,14 @@ class Measurement:
         self.splits = load_splits(task, source, self.tokenizer)
 
     def batches(self, number: int, seed: int) -> list[Batch]:
-        """Calibration batches, which share no example."""
+        """Calibration batches that share no example."""
         train = self.splits.train
-        order = training_order([len(e.input_ids) for e in train], self.task.batch_size, number, seed)
+        order = training_order([len(example.input_ids) for example in train], self.task.batch_size, number, seed)
         chosen = [train[index] for index in order]
         return list(batches(chosen, self.task.batch_size, self.tokenizer.pad_token_id, torch.device("cpu")))
 
     def setting(self, calibration: list[Batch], head_seed: int) -> Setting:
-        """A model with a new classifier."""
+        """A model whose new classifier depends on `head_seed`, with its calibration batches."""
         model = load_model(
             self.task, self.source_of_model, self.splits.num_labels, head_seed, torch.device("cpu"), torch.float32
         )
@@ -116,29 +116,30 @@ class Measurement:
         return Setting(model, targets, self.rank, task_type, calibration, 1, head_seed)
 
     def by_number(self, repeats: int) -> dict[int, dict[str, float]]:
-        """Agreement of n batches with 64 others, averaged over repeats of other batches and classifiers."""
+        """Agreement of n batches with 64 other batches, averaged over repeats with new batches and classifiers."""
         rows: dict[int, list[dict[str, float]]] = {number: [] for number in NUMBERS}
         most = NUMBERS[-1]
         for seed in range(repeats):
             calibration = self.batches(2 * most, seed)
             setting = self.setting(calibration, seed)
-            # Exact, because a projection of its own for every batch belongs to a calibration over all of them.
+            # The scores are exact, because a calibration over several batches uses a different projection for each of
+            # them, and calibrations of single batches do not.
             each = [fim_scores(replace(setting, calibration=[batch]), exact=True) for batch in calibration]
             others = mean_scores(each[most:])
             for number in NUMBERS:
                 rows[number].append(agreement(mean_scores(each[:number]), others, self.rank))
-        return {number: means_of(of_number) for number, of_number in rows.items()}
+        return {number: column_means(agreements) for number, agreements in rows.items()}
 
     def by_projection(self, repeats: int) -> dict[str, float]:
-        """Agreement of scores as they are read by default with exact ones, of the same batches."""
+        """Agreement of scores by default with exact scores of the same batches."""
         rows = []
         for seed in range(repeats):
             setting = self.setting(self.batches(DEFAULT_NUMBER, seed), seed)
             rows.append(agreement(fim_scores(setting), fim_scores(setting, exact=True), self.rank))
-        return means_of(rows)
+        return column_means(rows)
 
     def by_head(self, heads: int) -> dict[str, dict[str, float]]:
-        """Agreement between classifiers, before and after their warm-up."""
+        """Agreement between classifiers, before and after the warm-up."""
         calibration = self.batches(DEFAULT_NUMBER, 0)
         cold, warm = [], []
         for seed in range(heads):
@@ -151,19 +152,22 @@ class Measurement:
             "two warm classifiers": itertools.combinations(warm, 2),
             "a classifier before and after its warm-up": zip(cold, warm, strict=True),
         }
-        return {name: means_of(agreement(*pair, self.rank) for pair in of_name) for name, of_name in pairs.items()}
+        return {
+            name: column_means(agreement(*pair, self.rank) for pair in named_pairs)
+            for name, named_pairs in pairs.items()
+        }
 
 
 def measured(measurement: Measurement, repeats: int, heads: int) -> dict[str, Any]:
-    """The content of a task's file.
+    """Measure everything for one task, as JSON types.
 
     Args:
-        measurement: The task.
-        repeats: Samples of batches.
-        heads: Classifiers, where the task has one.
+        measurement: The task, its model and its batches.
+        repeats: Number of samples of batches.
+        heads: Number of classifiers, if the task has a classifier.
 
     Returns:
-        JSON types.
+        The content of the result file.
     """
     task = measurement.task
     return {
@@ -172,18 +176,21 @@ def measured(measurement: Measurement, repeats: int, heads: int) -> dict[str, An
         "batch_size": task.batch_size,
         "repeats": repeats,
         "batches": measurement.by_number(repeats),
-        "projection": measurement.by_projection(repeats) if task.max_length > MOST_EXACT_POSITIONS else None,
+        "projection": measurement.by_projection(repeats) if task.max_length > MAX_EXACT_POSITIONS else None,
         "heads": {} if task.causal else measurement.by_head(heads),
     }
 
 
 def as_markdown(reports: Iterable[Mapping[str, Any]]) -> str:
-    """The table."""
+    """Format the reports as a Markdown table."""
     lines = ["| task | compared | Spearman's correlation | layers whose rank differs |", "| --- | --- | ---: | ---: |"]
     for report in reports:
-        rows = {f"{number} batches with 64 others": row for number, row in report["batches"].items()}
+        rows = {
+            f"{number} {'batch' if int(number) == 1 else 'batches'} vs. 64 other batches": row
+            for number, row in report["batches"].items()
+        }
         if report["projection"] is not None:
-            rows[f"{DEFAULT_NUMBER} batches through the projection with the same exactly"] = report["projection"]
+            rows[f"{DEFAULT_NUMBER} batches: projection vs. exact scores"] = report["projection"]
         rows |= report["heads"]
         for name, row in rows.items():
             lines.append(f"| {report['task']} | {name} | {row['correlation']:.3f} | {row['layers_changed']:.0%} |")
@@ -191,20 +198,20 @@ def as_markdown(reports: Iterable[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure what is missing and print."""
+    """Measure the tasks that have no result and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="as for quality.py")
+    parser.add_argument("--data", help="folder with the files of the tasks, or 'hub', as for quality.py")
     parser.add_argument("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="hub id or folder")
     parser.add_argument("--decoder", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id, folder or GGUF file")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=DEFAULT_TASKS)
     parser.add_argument("--rank", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3, help="samples of batches (%(default)s)")
-    parser.add_argument("--heads", type=int, default=4, help="classifiers (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="number of samples of batches (%(default)s)")
+    parser.add_argument("--heads", type=int, default=4, help="number of classifiers (%(default)s)")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "convergence")
-    parser.add_argument("--print", action="store_true", help="measure nothing")
+    parser.add_argument("--print", action="store_true", help="print the table only")
     options = parser.parse_args()
     if not options.print and options.data is None:
-        parser.error("give --data, or --print for the table of what there is")
+        parser.error("pass --data to measure, or --print to print the table of the existing results")
     files = {name: options.results / f"{name}.json" for name in options.tasks}
     for name, file in files.items():
         if options.print or file.exists():

@@ -1,4 +1,4 @@
-"""What `cost.py` measures: a model, batches of real text, and the methods as functions over them."""
+"""The model, the batches and the methods that `cost.py` measures."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fim_lora import FimConfig, FimScores, get_fim_scores, initialize_lora_fim_ranks, layer_types
-from fim_lora.gradient_norms import squared_norms
+from fim_lora import FimConfig, FimScores, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora.fisher.gradients.norms import squared_norms
+from fim_lora.fisher.layers import attention as attention_layers
+from fim_lora.fisher.layers import linear as linear_layers
 
 Batch = dict[str, Tensor]
 Run = Callable[[], None]
@@ -32,22 +34,14 @@ TEXT_MODULES = (
     "functools", "heapq", "itertools", "logging", "mailbox", "optparse", "pathlib", "pickle", "random", "shutil",
     "statistics", "string", "subprocess", "tarfile", "textwrap", "threading", "typing", "unittest", "zipfile",
 )  # fmt: skip
-"""Modules of the standard library whose docstrings are the text if none is given."""
+"""Modules of the standard library whose docstrings are the default text."""
 
 
 # --- Model and batches -------------------------------------------------------------------------------------------
 
 
 def load_model(source: str, device: torch.device) -> tuple[nn.Module, Any]:
-    """Load a causal language model in float32, and its tokenizer.
-
-    Args:
-        source: Hub id, local folder or GGUF file.
-        device: Where to put the model.
-
-    Returns:
-        Model and tokenizer.
-    """
+    """Load a causal language model in float32 and its tokenizer from a hub id, a local folder or a GGUF file."""
     path, options = source, {}
     if source.endswith(".gguf"):
         path, options = str(Path(source).parent), {"gguf_file": Path(source).name}
@@ -57,11 +51,7 @@ def load_model(source: str, device: torch.device) -> tuple[nn.Module, Any]:
 
 
 def standard_library_text() -> Iterator[str]:
-    """Docstrings of `TEXT_MODULES`, of their public members and of the members of their classes.
-
-    Yields:
-        One docstring after the other.
-    """
+    """The docstrings of `TEXT_MODULES`, of their public members and of the members of their classes."""
     for module_name in TEXT_MODULES:
         module = importlib.import_module(module_name)
         yield from _docstrings(module, module_name)
@@ -85,18 +75,18 @@ def make_batches(
     """Concatenate the text and cut it, so that every sequence has the same length and no padding.
 
     Args:
-        tokenizer: The model's tokenizer.
+        tokenizer: Tokenizer of the model.
         data: Text file; `None` for docstrings of the standard library.
         batch_size: Sequences in a batch.
         length: Tokens in a sequence.
         batches: Number of batches.
-        device: Where to put them.
+        device: Device of the batches.
 
     Returns:
-        Batches with labels.
+        Batches of token ids, mask and labels (batch_size × length).
 
     Raises:
-        ValueError: If there is too little text.
+        ValueError: If the text is too short.
     """
     texts = standard_library_text() if data is None else iter([data.read_text(encoding="utf-8")])
     needed = batches * batch_size * length
@@ -106,13 +96,13 @@ def make_batches(
             break
         tokens.extend(tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"])
     if len(tokens) < needed:
-        raise ValueError(f"The text has {len(tokens)} tokens, but {needed} are needed: give a longer one as --data.")
+        raise ValueError(f"The text has {len(tokens)} tokens, but {needed} are needed: pass a longer text as --data.")
     ids = torch.tensor(tokens[:needed], device=device).reshape(batches, batch_size, length)
     return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x.clone()} for x in ids]
 
 
 def tiny_batches(batches: list[Batch]) -> list[Batch]:
-    """One batch of one sequence of a few tokens, to warm up with."""
+    """One batch of one short sequence, for the warm-up."""
     return [{name: tensor[:1, :8] for name, tensor in batches[0].items()}]
 
 
@@ -121,12 +111,12 @@ def tiny_batches(batches: list[Batch]) -> list[Batch]:
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what to adapt in it.
+    """A model and its target modules.
 
     Attributes:
-        model: The base model. A run works on a copy of the modules that shares the tensors, so nothing of it stays,
-            except that the weights are frozen, as every method would have them.
-        target_modules: Module names, as PEFT's `target_modules`; not "all-linear", which LoRA-GA does not take.
+        model: The base model. A run works on a copy of the modules that shares the tensors. The run therefore does not
+            change the model, except that its weights become frozen, as every method requires.
+        target_modules: Module names, as PEFT's `target_modules`; not "all-linear", which LoRA-GA does not accept.
         rank: LoRA rank.
     """
 
@@ -135,12 +125,12 @@ class Case:
     rank: int
 
     def copy_of_model(self) -> nn.Module:
-        """The model with modules of its own, which share the parameters and buffers."""
+        """A copy of the modules that shares the parameters and buffers."""
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         return copy.deepcopy(self.model, shared)
 
     def config(self, **options: Any) -> LoraConfig:
-        """A LoRA config for the targets, at the rank."""
+        """A LoRA config with the target modules and the rank of the case."""
         return LoraConfig(
             r=self.rank, lora_alpha=2 * self.rank, target_modules=self.target_modules, task_type="CAUSAL_LM", **options
         )
@@ -151,22 +141,13 @@ class Case:
         return model.train()
 
     def fim_adapter(self, batches: list[Batch], exact: bool = False) -> PeftModel:
-        """An adapter that awaits its ranks from so many batches."""
+        """An adapter that awaits its ranks from a calibration over as many batches."""
         fim_config = FimConfig(fim_calibration_batches=len(batches), exact=exact)
         return self.adapter(init_lora_weights="fim", fim_config=fim_config)
 
 
 def resolved_targets(model: nn.Module, target_modules: list[str], rank: int) -> list[str]:
-    """The names that PEFT makes of "all-linear"; other names are returned as they are.
-
-    Args:
-        model: The base model; not changed.
-        target_modules: Names, or only "all-linear".
-        rank: LoRA rank.
-
-    Returns:
-        Names.
-    """
+    """Resolve "all-linear" to module names, as PEFT does; other names are returned unchanged."""
     if target_modules != ["all-linear"]:
         return target_modules
     config = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -175,18 +156,18 @@ def resolved_targets(model: nn.Module, target_modules: list[str], rank: int) -> 
 
 
 def number_of_layers(case: Case) -> int:
-    """How many layers the targets are."""
+    """Number of target layers."""
     return len(case.adapter().targeted_module_names)
 
 
 def forward_backward(model: nn.Module, batches: list[Batch]) -> None:
-    """A training loop without an optimizer."""
+    """Run a training loop without an optimizer."""
     for batch in batches:
         model(**batch).loss.backward()
 
 
 def prepare_lora(case: Case, batches: list[Batch]) -> Run:
-    """Plain LoRA in training: forward and backward pass over the batches."""
+    """Plain LoRA in training mode: forward and backward passes over the batches."""
     model = case.adapter()
     return lambda: forward_backward(model, batches)
 
@@ -202,19 +183,19 @@ def _calibrate(model: nn.Module, batches: list[Batch]) -> None:
 
 
 def prepare_fim_own_loop(case: Case, batches: list[Batch]) -> Run:
-    """The user's own forward and backward passes, watched by the hooks of the adapter."""
+    """The user's own forward and backward passes, observed by the hooks of the adapter."""
     model = case.fim_adapter(batches)
     return lambda: forward_backward(model, batches)
 
 
 @dataclass
 class EvaRun:
-    """EVA over the batches, which counts how often it calls the model.
+    """A run of EVA over the batches that counts the forward passes.
 
     Attributes:
         model: A model with an adapter that awaits EVA.
-        batches: The batches, which are gone round.
-        forward_passes: Calls so far.
+        batches: The batches, which EVA cycles through.
+        forward_passes: Number of forward passes so far.
     """
 
     model: PeftModel
@@ -222,7 +203,7 @@ class EvaRun:
     forward_passes: int = 0
 
     def __call__(self) -> None:
-        """Go round the batches until every component has converged."""
+        """Cycle through the batches until every component has converged."""
         get_eva_state_dict(self.model, self.batches, forward_fn=self._forward, show_progress_bar=False)
 
     def _forward(self, model: nn.Module, batch: Batch) -> Any:
@@ -231,7 +212,7 @@ class EvaRun:
 
 
 def prepare_eva(case: Case, batches: list[Batch]) -> EvaRun:
-    """EVA's incremental SVD of the inputs; it goes round the batches until every component has converged."""
+    """EVA's incremental SVD of the inputs, which cycles through the batches until every component has converged."""
     return EvaRun(case.adapter(init_lora_weights="eva", eva_config=EvaConfig()), batches)
 
 
@@ -243,9 +224,9 @@ def prepare_lora_ga(case: Case, batches: list[Batch]) -> Run:
 
 
 def prepare_frozen(case: Case, batches: list[Batch]) -> Run:
-    """What a calibration would be without its hooks: the graph of a frozen model, in eval mode.
+    """A calibration without its hooks: forward and backward passes of a frozen model in eval mode.
 
-    The embeddings are made to require a gradient, because otherwise there would be no graph.
+    The output of the embeddings requires a gradient, because otherwise there would be no graph.
     """
     model: Any = case.copy_of_model().eval()
     model.requires_grad_(False)
@@ -258,8 +239,8 @@ class Method:
     """One row of the table.
 
     Attributes:
-        label: How the table calls it.
-        prepare: Builds what a run needs, which is not timed, and returns the run.
+        label: Name in the table.
+        prepare: Does the setup, which is not timed, and returns the run.
     """
 
     label: str
@@ -274,7 +255,7 @@ METHODS = {
     "eva": Method("EVA until convergence", prepare_eva),
     "lora-ga": Method("LoRA-GA gradients", prepare_lora_ga),
 }
-"""Name to method, in the order of the table; the first is the reference."""
+"""The methods by name, in the order of the table. The first one is the reference."""
 
 if not hasattr(peft, "LoraGAConfig"):  # the oldest supported PEFT has no LoRA-GA
     del METHODS["lora-ga"]
@@ -287,13 +268,9 @@ REFERENCE, EVA, CALIBRATION = "lora", "eva", "fim-dataloader"
 
 @contextmanager
 def timed_squared_norms(device: torch.device) -> Iterator[list[float]]:
-    """Time every call of `squared_norms`. On CUDA each is waited for, so use the sum only as a share.
+    """Time every call of `squared_norms`, and yield the list of seconds that is filled during the block.
 
-    Args:
-        device: Where the model is.
-
-    Yields:
-        Seconds of the calls so far.
+    On CUDA each call is synchronized, which slows the calibration down: use the sum only as a share of its time.
     """
     seconds: list[float] = []
 
@@ -305,17 +282,17 @@ def timed_squared_norms(device: torch.device) -> Iterator[list[float]]:
         seconds.append(perf_counter() - start)
         return norms
 
-    with patch.object(layer_types, "squared_norms", timed):
+    with patch.object(linear_layers, "squared_norms", timed), patch.object(attention_layers, "squared_norms", timed):
         yield seconds
 
 
 def allocation_seconds(case: Case, batches: list[Batch], repeats: int) -> list[float]:
-    """Seconds from scores to an initialised adapter: allocation, rebuilding of the layers, new config.
+    """Seconds from scores to an initialized adapter: allocation, rebuilding of the layers, new config.
 
     Args:
         case: The model.
-        batches: For the scores, which are not timed.
-        repeats: How often.
+        batches: Calibration batches for the scores. The calibration is not timed.
+        repeats: Number of repeats.
 
     Returns:
         Seconds of each repeat.
@@ -333,6 +310,6 @@ def allocation_seconds(case: Case, batches: list[Batch], repeats: int) -> list[f
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, if it works asynchronously."""
+    """Wait for a CUDA device to finish its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Models by configuration, with random weights: time and memory do not depend on what the weights are."""
+"""Models with random weights: time and memory do not depend on the values of the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PREFIX = "shape:"
-"""Before the name of a shape, where else a model is named."""
+"""Marks the name of a shape, in place of the name of a model."""
 
 
 def _llama(hidden: int, inner: int, blocks: int, heads: int, groups: int, vocabulary: int, tied: bool) -> LlamaConfig:
@@ -35,38 +35,31 @@ SHAPES = {
     "1001-layers": _llama(64, 128, 143, 4, 2, 1024, True),
     "1001-wide-layers": _llama(576, 1536, 143, 9, 3, 49152, True),
 }
-"""Name to configuration; the last two have 7 × 143 linear layers, small ones and those of SmolLM2-135M."""
+"""Configurations by name. The last two have 7 × 143 linear layers: small ones, and ones as in SmolLM2-135M."""
 
 
 def random_model(name: str, device: torch.device) -> nn.Module:
-    """A model of a shape.
-
-    Args:
-        name: Key of `SHAPES`.
-        device: Where to put it.
-
-    Returns:
-        A causal language model in float32.
+    """Make a causal language model in float32 of one of the `SHAPES`.
 
     Raises:
-        ValueError: If there is no such shape.
+        ValueError: If the name is unknown.
     """
     if name not in SHAPES:
-        raise ValueError(f"There is no shape {name!r}: choose one of {', '.join(SHAPES)}.")
+        raise ValueError(f"Unknown shape {name!r}: choose one of {', '.join(SHAPES)}.")
     with device:
         model: nn.Module = LlamaForCausalLM(SHAPES[name])
     return model
 
 
 def in_four_bits(model: Any, device: torch.device) -> nn.Module:
-    """The model with linear layers in NF4 with double quantisation, as QLoRA has them.
+    """Quantize linear layers to NF4 with double quantization, as in QLoRA. Requires bitsandbytes.
 
     Args:
-        model: A causal language model; its dtype is that of the computation.
-        device: Where it is.
+        model: A causal language model, whose dtype becomes that of the computation.
+        device: Device of the model.
 
     Returns:
-        The same model, in which all linear layers but the head are others. bitsandbytes has to be installed.
+        The same model, in which all linear layers except the head are replaced.
     """
     bitsandbytes = importlib.import_module("bitsandbytes")
     options = {"compress_statistics": True, "quant_type": "nf4"}
@@ -74,48 +67,48 @@ def in_four_bits(model: Any, device: torch.device) -> nn.Module:
     for name, module in linear:
         if module is model.get_output_embeddings():
             continue
-        quantised = bitsandbytes.nn.Linear4bit(
+        quantized = bitsandbytes.nn.Linear4bit(
             module.in_features, module.out_features, False, model.dtype, device=torch.device("meta"), **options
         )
-        weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, module=quantised, **options)
-        quantised.weight = weight.to(device)
-        model.set_submodule(name, quantised)
-    model.is_loaded_in_4bit = True  # PEFT asks for it
-    quantised_model: nn.Module = model
-    return quantised_model
+        weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, module=quantized, **options)
+        quantized.weight = weight.to(device)
+        model.set_submodule(name, quantized)
+    model.is_loaded_in_4bit = True  # PEFT reads this attribute
+    quantized_model: nn.Module = model
+    return quantized_model
 
 
 def random_batches(
     vocabulary: int, batch_size: int, length: int, number: int, device: torch.device
 ) -> list[dict[str, Tensor]]:
-    """Batches of random tokens without padding.
+    """Make batches of random tokens without padding.
 
     Args:
-        vocabulary: Tokens to draw from.
+        vocabulary: Number of different tokens.
         batch_size: Sequences in a batch.
         length: Tokens in a sequence.
-        number: Batches.
-        device: Where to put them.
+        number: Number of batches.
+        device: Device of the batches.
 
     Returns:
-        Batches with labels.
+        Batches of token ids, mask and labels (batch_size × length).
     """
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (number, batch_size, length), generator=draw).to(device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (number, batch_size, length), generator=generator).to(device)
     return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x.clone()} for x in ids]
 
 
 def pass_operations(model: Any, batch_size: int, length: int) -> float:
-    """Floating-point operations of one forward pass and one backward pass for the gradients of activations alone.
+    """Floating-point operations of one forward pass and one backward pass with respect to activations only.
 
-    Of every matrix product with a weight, `2 · tokens · entries` forward and as many backward. Of attention, which is
-    causal, half of `4 · T² · d` forward and of `8 · T² · d` backward for each block and sequence. Nothing else counts,
-    so it is a lower bound.
+    Every matrix product with a weight counts `2 · tokens · entries` operations forward and as many backward. Causal
+    attention counts half of `4 · T² · d` forward and half of `8 · T² · d` backward for each block and sequence. All
+    other operations are ignored, so the result is a lower bound.
 
     Args:
-        model: A causal language model whose config names `num_hidden_layers`, `num_attention_heads` and `hidden_size`.
+        model: A causal language model whose config has `num_hidden_layers` and `hidden_size` (d).
         batch_size: Sequences in a batch.
-        length: T, tokens in a sequence.
+        length: Tokens in a sequence (T).
 
     Returns:
         Operations of one batch.

@@ -1,12 +1,12 @@
-"""The cost of a calibration over lengths, batch sizes, models and numbers of layers: runs of `cost.py`, one a point.
+"""Measure the cost of a calibration by length, batch size, model and number of layers: one run of `cost.py` per point.
 
-    python benchmarks/cost_sweep.py            # measures what has no result yet, then prints the table
-    python benchmarks/cost_sweep.py --print    # the table alone
+    python benchmarks/cost_sweep.py            # measure the points that have no result yet, then print the table
+    python benchmarks/cost_sweep.py --print    # print the table only
 
-Every point is a process of its own and one JSON file in `results/cost`. All methods of a point are interleaved within
-its process, so the ratios of a line are of one run. The weights are random. NF4 needs bitsandbytes. bfloat16
-(`--bfloat16`) is for processors with instructions for it; others emulate it, many times slower. `--gpu` measures the
-points for a GPU instead, with Llama-3-8B among them.
+Every point is a separate process and one JSON file in `results/cost`. All methods of a point are interleaved within
+its process, so the ratios of a row come from one run. The weights are random. NF4 needs bitsandbytes. bfloat16
+(`--bfloat16`) is for processors with instructions for it; other processors emulate it, many times slower. `--gpu`
+measures the points for a GPU instead, which include Llama-3-8B.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOOP, LOADER, EXACT, LORA_GA = "fim-own-loop", "fim-dataloader", "fim-exact", "l
 
 
 class Point(NamedTuple):
-    """A model, and batches."""
+    """One measurement: a model, its batches and the options of `cost.py`."""
 
     shape: str
     batch_size: int
@@ -41,21 +41,21 @@ class Point(NamedTuple):
 
     @property
     def file(self) -> str:
-        """Name of its result."""
+        """File name of the result."""
         precision = "" if self.dtype == "float32" else f"-{self.dtype}"
         variant = f"{precision}{'-nf4' * self.four_bits}{'-gpu' * self.gpu}"
         return f"{self.shape}-b{self.batch_size}-t{self.length}{variant}.json"
 
 
-_BESIDE_EXACT = (LOADER, LOOP, EXACT)
-_BESIDE_LORA_GA = (LOADER, LOOP, LORA_GA)
-_BESIDE_BOTH = (LOADER, LOOP, EXACT, LORA_GA)
+_WITH_EXACT = (LOADER, LOOP, EXACT)
+_WITH_LORA_GA = (LOADER, LOOP, LORA_GA)
+_WITH_BOTH = (LOADER, LOOP, EXACT, LORA_GA)
 POINTS = (
-    Point("smollm2-135m", 4, 64, 4, _BESIDE_LORA_GA, repeats=5),
-    Point("smollm2-135m", 4, 128, 2, _BESIDE_LORA_GA, repeats=5),
-    Point("smollm2-135m", 4, 256, 1, _BESIDE_BOTH),
-    Point("smollm2-135m", 1, 512, 1, _BESIDE_BOTH),
-    Point("1001-layers", 4, 64, 8, _BESIDE_LORA_GA),
+    Point("smollm2-135m", 4, 64, 4, _WITH_LORA_GA, repeats=5),
+    Point("smollm2-135m", 4, 128, 2, _WITH_LORA_GA, repeats=5),
+    Point("smollm2-135m", 4, 256, 1, _WITH_BOTH),
+    Point("smollm2-135m", 1, 512, 1, _WITH_BOTH),
+    Point("1001-layers", 4, 64, 8, _WITH_LORA_GA),
     Point("smollm2-135m", 4, 64, 2, four_bits=True),
     Point("smollm2-135m", 1, 64, 4),
     Point("smollm2-135m", 16, 64),
@@ -68,13 +68,15 @@ POINTS = (
 )
 BFLOAT16_POINTS = (
     Point("smollm2-135m", 4, 128, 2, dtype="bfloat16"),
-    Point("smollm2-135m", 1, 1024, 1, _BESIDE_EXACT, "bfloat16"),
+    Point("smollm2-135m", 1, 1024, 1, _WITH_EXACT, "bfloat16"),
     Point("smollm2-135m", 4, 64, 2, dtype="bfloat16", four_bits=True),
 )
 
 
-def _on_gpu(shape: str, batch_size: int, length: int, batches: int, *more: str, four_bits: bool = False) -> Point:
-    return Point(shape, batch_size, length, batches, (LOADER, LOOP, *more), "bfloat16", four_bits, 5, gpu=True)
+def _on_gpu(
+    shape: str, batch_size: int, length: int, batches: int, *more_methods: str, four_bits: bool = False
+) -> Point:
+    return Point(shape, batch_size, length, batches, (LOADER, LOOP, *more_methods), "bfloat16", four_bits, 5, gpu=True)
 
 
 GPU_POINTS = (
@@ -95,7 +97,7 @@ GPU_POINTS = (
 
 
 def measure(point: Point, folder: Path) -> None:
-    """Run `cost.py` for a point."""
+    """Run `cost.py` for a point. An interrupted run leaves no result."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(Path(__file__).with_name("cost.py")), PREFIX + point.shape]
     command += ["--batch-size", str(point.batch_size), "--length", str(point.length), "--batches", str(point.batches)]
@@ -107,7 +109,7 @@ def measure(point: Point, folder: Path) -> None:
 
 
 def as_markdown(reports: list[dict[str, Any]]) -> str:
-    """The table."""
+    """Format the reports as a Markdown table."""
     lines = [
         "| model | B × T | plain LoRA, s | over the limit | dataloader | own loop | dataloader, exact | LoRA-GA "
         "| extra peak, dataloader | extra peak, own loop | allocation, steps |",
@@ -144,12 +146,14 @@ def _ratio(row: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """Measure what is missing and print the table."""
+    """Measure the points that have no result and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "cost")
-    parser.add_argument("--print", action="store_true", help="measure nothing")
-    parser.add_argument("--bfloat16", action="store_true", help="points for a processor that computes in it, too")
-    parser.add_argument("--gpu", action="store_true", help="instead, the points for a GPU")
+    parser.add_argument("--print", action="store_true", help="print the table only")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="include points for a processor with bfloat16 instructions"
+    )
+    parser.add_argument("--gpu", action="store_true", help="measure the points for a GPU instead")
     options = parser.parse_args()
     points = GPU_POINTS if options.gpu else POINTS + BFLOAT16_POINTS * options.bfloat16
     missing = [] if options.print else [point for point in points if not (options.results / point.file).exists()]

@@ -1,4 +1,4 @@
-"""Bootstrap intervals that are honest about five seeds."""
+"""Bootstrap confidence intervals for few seeds: they keep their coverage with as few as five."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ Floats = NDArray[np.float64]
 
 
 def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over groups of the mean over seeds; seeds are drawn within each group.
+    """95 % bootstrap interval of the mean over groups of the mean over seeds. Seeds are drawn within each group.
 
     Args:
-        groups: Gains of the seeds of each group.
+        groups: One value for each seed, for each group.
 
     Returns:
-        Lower and upper end. With a single seed there is no spread to draw from, and it says so with equal ends.
+        Lower and upper end. They are equal with a single seed, which has no spread.
     """
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     filled = [np.asarray(group, float) for group in groups if len(group) > 0]
-    means = [draw.choice(group, (RESAMPLES, len(group))).mean(axis=1) for group in filled]
+    means = [generator.choice(group, (RESAMPLES, len(group))).mean(axis=1) for group in filled]
     low, high = np.quantile(np.mean(means, axis=0), expanded_levels(filled))
     return float(low), float(high)
 
 
 def interval_of_seeds(number: int, statistic: Callable[[NDArray[np.int64]], float]) -> tuple[float, float]:
-    """95 % bootstrap interval of a statistic of some seeds.
+    """95 % bootstrap interval of a statistic over seeds.
 
     Args:
-        number: Of seeds.
-        statistic: From the places of the drawn seeds to a number, which may be infinite.
+        number: Number of seeds.
+        statistic: Computes the statistic from the indices of the drawn seeds. It may be infinite.
 
     Returns:
         Lower and upper end.
     """
     draws = np.random.default_rng(0).integers(0, number, (RESAMPLES // 20, number))
-    values = [statistic(places) for places in draws]
-    # A level that interpolates would make no number of an infinite neighbour.
+    values = [statistic(drawn) for drawn in draws]
+    # Interpolation between two infinite values would give NaN.
     low, high = np.quantile(values, expanded_levels([np.arange(number, dtype=float)]), method="nearest")
     return float(low), float(high)
 
 
 def expanded_levels(groups: Sequence[Floats]) -> tuple[float, float]:
-    """Between which quantiles of the resampled means a 95 % interval lies: the expanded percentile interval.
+    """The quantile levels of the resampled means that bound a 95 % interval: the expanded percentile interval.
 
-    A bootstrap of n values is too narrow by `sqrt((n - 1) / n)`, and its quantiles are those of a normal distribution
-    where Student's are due: of five seeds the 2.5 % and 97.5 % quantiles cover the mean in five of six cases.
-    Quantiles further out make up for both (Hesterberg 2015, arXiv:1411.5279). Degrees of freedom of several groups are
-    those of Welch and Satterthwaite.
+    A bootstrap interval of n values is too narrow by `sqrt((n - 1) / n)`, and it uses quantiles of a normal
+    distribution where those of Student's t are required. With five seeds, the 2.5 % and 97.5 % quantiles cover the
+    mean in five of six cases. Wider quantiles correct both errors (Hesterberg 2015, arXiv:1411.5279). The degrees of
+    freedom of several groups follow Welch and Satterthwaite.
 
     Args:
         groups: Values of each group.

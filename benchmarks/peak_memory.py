@@ -1,4 +1,4 @@
-"""Peak memory of a block of code: of the device allocator on CUDA, of the process on a CPU."""
+"""Peak memory of a block of code: that of the device allocator on CUDA, that of the process on a CPU."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ import torch
 MIB = 2**20
 
 ALLOCATOR_ENVIRONMENT = {
-    # glibc raises its threshold for `mmap` when large blocks are freed, and keeps what lies below it for itself. With
-    # fixed thresholds every tensor of more than 64 KiB is returned to the system when it is freed, so the resident
-    # memory follows the live tensors.
+    # glibc raises its threshold for `mmap` when large blocks are freed, and keeps freed blocks below the threshold.
+    # With fixed thresholds, every freed tensor of more than 64 KiB is returned to the system, so the resident memory
+    # follows the live tensors.
     "MALLOC_MMAP_THRESHOLD_": str(64 * 1024),
     "MALLOC_TRIM_THRESHOLD_": "0",
     "MALLOC_MMAP_MAX_": str(2**20),
     "MALLOC_TOP_PAD_": "0",
     "MALLOC_ARENA_MAX": "1",
 }
-"""Environment of a process whose resident memory is to be measured; must be set before it starts."""
+"""Environment variables for measuring the resident memory of a process. Set them before the process starts."""
 
 _SAMPLING_SECONDS = 0.001
 
 
 @dataclass
 class Peak:
-    """What a measurement found.
+    """Result of a measurement.
 
     Attributes:
-        extra_bytes: Peak inside the block, less what was in use when it was entered.
-        source: How it was found: `"cuda"`, `"VmHWM"` or `"sampling"`.
+        extra_bytes: Peak inside the block minus the memory in use at its start.
+        source: How the peak was measured: `"cuda"`, `"VmHWM"` or `"sampling"`.
     """
 
     extra_bytes: int = 0
@@ -43,16 +43,11 @@ class Peak:
 
 @contextmanager
 def extra_peak(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak of the block over what is in use at its start.
+    """Measure the peak memory of the block beyond the memory in use at its start.
 
-    On a CPU it is the kernel's high-water mark of the resident memory (VmHWM), which misses nothing. Where it cannot
-    be reset, the resident memory is sampled every millisecond.
-
-    Args:
-        device: Where the model is.
-
-    Yields:
-        The result, which is filled in at the end of the block.
+    On a CPU this is the kernel's high-water mark of the resident memory (VmHWM), which includes every allocation. If
+    it cannot be reset, the resident memory is sampled every millisecond. The yielded result is filled in at the end
+    of the block.
     """
     if device.type == "cuda":
         measure = _cuda_peak(device)
@@ -85,7 +80,7 @@ def _high_water_mark_peak() -> Iterator[Peak]:
 
 
 def _reset_high_water_mark() -> bool:
-    """Set the high-water mark to what is resident now; `False` where the system has or permits no such thing."""
+    """Set the high-water mark to the current resident memory; `False` if the system does not support or permit it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

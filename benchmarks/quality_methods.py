@@ -1,7 +1,7 @@
-"""The methods that `quality.py` compares: each makes an adapter that has no more parameters than uniform LoRA's.
+"""The methods that `quality.py` compares. The adapter of each method has at most as many parameters as uniform LoRA's.
 
-What decides over ranks is a score of every layer. Methods that differ in their score alone share everything else, the
-allocation of fim-lora included, so that the comparison is about the score.
+Most methods compute a score for each layer, which determines its rank. Methods that differ only in their score share
+everything else, including the allocation of fim-lora, so that only the scores are compared.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from peft.tuners.lora import LoraLayer, preprocess_loraga
 from torch import nn
 
 from fim_lora import FimConfig, FimScores, RankAllocation, get_fim_scores
-from fim_lora.peft_integration import adapter_layers
+from fim_lora.adapter.lora_layers import adapter_layers
 from quality_tasks import Batch
 
 SCALING = 2.0
-"""`lora_alpha / r` of every layer, whatever its rank."""
+"""`lora_alpha / r` of every layer, independent of its rank."""
 
 _PERMUTATIONS = 2000
 _SWAPS = 100_000
@@ -38,16 +38,16 @@ _SWAPS = 100_000
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method works on.
+    """The input of a method.
 
     Attributes:
-        model: The pretrained model. A method takes it over.
+        model: The pretrained model, which the method may modify.
         target_modules: Module names, as PEFT's `target_modules`.
         rank: Rank of uniform LoRA.
-        task_type: PEFT's.
-        calibration: Batches of the training split.
-        steps: Training steps, which AdaLoRA has to know.
-        seed: Decides the values of the adapter.
+        task_type: PEFT's task type.
+        calibration: Calibration batches from the training split.
+        steps: Training steps, which AdaLoRA needs in its config.
+        seed: Seed of the adapter's initial values.
     """
 
     model: Any
@@ -59,14 +59,14 @@ class Setting:
     seed: int
 
     def config(self, rank: int | None = None, **options: Any) -> LoraConfig:
-        """A LoRA config for the targets."""
+        """A LoRA config for the target modules, by default with the rank of the setting."""
         r = rank or self.rank
         return LoraConfig(
             r=r, lora_alpha=round(SCALING * r), target_modules=self.target_modules, task_type=self.task_type, **options
         )
 
     def adapted(self, config: Any) -> Any:
-        """The model with an adapter, whose values are those of the seed."""
+        """The model with an adapter whose initial values depend on the seed."""
         torch.manual_seed(1000 + self.seed)
         return get_peft_model(self.model, config)
 
@@ -88,12 +88,12 @@ def _uniform_of_double_rank(setting: Setting) -> Any:
 
 
 def by_scores(setting: Setting, scores: FimScores, **fim_options: Any) -> Any:
-    """An adapter with ranks by some scores, the scaling of uniform LoRA, and no more parameters.
+    """Adapt the model with ranks from scores, the scaling of uniform LoRA, and at most its number of parameters.
 
     Args:
         setting: The setting.
-        scores: Of its targets.
-        **fim_options: Of `FimConfig`.
+        scores: Scores of the target layers.
+        **fim_options: Options of `FimConfig`.
 
     Returns:
         The adapted model.
@@ -104,22 +104,22 @@ def by_scores(setting: Setting, scores: FimScores, **fim_options: Any) -> Any:
 
 
 def _within_uniform(allocation: RankAllocation, config: LoraConfig) -> RankAllocation:
-    """Of an allocation with a rank budget that has more parameters than uniform LoRA, one with a smaller budget."""
+    """Reduce the ranks of an allocation until it has at most as many parameters as uniform LoRA."""
     scores, ranks = allocation.scores, dict(allocation.ranks)
     limit = config.r * sum(scores.parameters_per_rank.values())
     while sum(rank * scores.parameters_per_rank[name] for name, rank in ranks.items()) > limit:
-        # The rank of which the score pays the least for its parameters.
-        worth = {
+        # Reduce the layer whose score is the smallest per parameter of its adapter.
+        score_per_parameter = {
             name: scores[name].mean / (rank * scores.parameters_per_rank[name])
             for name, rank in ranks.items()
             if rank > 1
         }
-        ranks[min(worth, key=lambda name: worth[name])] -= 1
+        ranks[min(score_per_parameter, key=lambda name: score_per_parameter[name])] -= 1
     return with_ranks(allocation, ranks)
 
 
 def with_ranks(allocation: RankAllocation, ranks: dict[str, int]) -> RankAllocation:
-    """An allocation with other ranks and the scaling of uniform LoRA."""
+    """Replace the ranks of an allocation, with the scaling of uniform LoRA."""
     return replace(allocation, ranks=ranks, alphas={name: SCALING * rank for name, rank in ranks.items()})
 
 
@@ -128,11 +128,11 @@ def _fim(**fim_options: Any) -> Method:
 
 
 def fim_scores(setting: Setting, exact: bool = False) -> FimScores:
-    """The eFIM of the targets.
+    """The eFIM scores of the target layers. The model is not changed.
 
     Args:
-        setting: The setting; its model is not changed.
-        exact: Whether long examples are read exactly, too.
+        setting: The setting.
+        exact: Whether long examples are scored exactly instead of through a random projection.
 
     Returns:
         The scores.
@@ -143,53 +143,53 @@ def fim_scores(setting: Setting, exact: bool = False) -> FimScores:
 
 
 def with_means(scores: FimScores, means: Mapping[str, float]) -> FimScores:
-    """Other scores of the same layers."""
+    """Replace the means of the scores."""
     changed = {name: replace(score, mean=means[name], standard_error=None) for name, score in scores.items()}
     return FimScores(changed, scores.num_batches)
 
 
 def _random(setting: Setting) -> Any:
-    """The ranks of `fim-parameters`, on other layers: whether the signal matters, or only that ranks differ."""
+    """The ranks of `fim-parameters` on random layers: tests whether the scores matter, or only that ranks differ."""
     config = setting.config(init_lora_weights="fim", fim_config=FimConfig(budget="parameters"))
     allocation = RankAllocation.from_scores(fim_scores(setting), config)
     costs = allocation.scores.parameters_per_rank
-    draw = random.Random(f"ranks {setting.seed}")
-    ranks = ranks_on_other_layers(allocation.ranks, costs, config.r * sum(costs.values()), draw)
+    generator = random.Random(f"ranks {setting.seed}")
+    ranks = ranks_on_other_layers(allocation.ranks, costs, config.r * sum(costs.values()), generator)
     return setting.adapted(with_ranks(allocation, ranks).to_lora_config(config))
 
 
 def ranks_on_other_layers(
-    ranks: Mapping[str, int], costs: Mapping[str, int], limit: int, draw: random.Random
+    ranks: Mapping[str, int], costs: Mapping[str, int], limit: int, generator: random.Random
 ) -> dict[str, int]:
-    """Give the same ranks to random layers, within a number of parameters and near it.
+    """Assign the same ranks to random layers, with a number of parameters below a limit and close to it.
 
     Args:
-        ranks: Layer to rank.
-        costs: Layer to parameters of one rank, of the same layers in the same order.
-        limit: Parameters in all.
-        draw: Where chance comes from.
+        ranks: Rank of each layer.
+        costs: Parameters of one rank for each layer, in the same order.
+        limit: Largest total number of parameters.
+        generator: Random number generator.
 
     Returns:
-        The shuffle with the most parameters within the limit. Where none of many is within it, random swaps of two
-        layers' ranks lead there from the last one.
+        Rank of each layer: of many shuffles, the one with the most parameters within the limit. If none is within the
+        limit, the last shuffle is changed by random swaps of two layers' ranks until it is.
 
     Raises:
-        RuntimeError: If they do not.
+        RuntimeError: If the swaps do not reach the limit.
     """
     best, most = list(ranks.values()), -1
     for _ in range(_PERMUTATIONS):
         shuffled = list(ranks.values())
-        draw.shuffle(shuffled)
+        generator.shuffle(shuffled)
         size = _parameters(shuffled, costs.values())
         if most < size <= limit:
             best, most = shuffled, size
     if most < 0:
-        best = _swapped(shuffled, list(costs.values()), limit, draw)
+        best = _swapped(shuffled, list(costs.values()), limit, generator)
     if _parameters(best, costs.values()) > limit:
         layers = ", ".join(sorted(costs, key=lambda name: -costs[name])[:3])
         raise RuntimeError(
-            f"The ranks {sorted(ranks.values())} of {len(ranks)} layers (the largest: {layers}) were on no other "
-            f"layers within {limit} parameters."
+            f"No shuffle of the ranks {sorted(ranks.values())} of {len(ranks)} layers (the largest: {layers}) has at "
+            f"most {limit} parameters: use another setting."
         )
     return dict(zip(costs, best, strict=True))
 
@@ -198,15 +198,15 @@ def _parameters(ranks: Iterable[int], costs: Iterable[int]) -> int:
     return sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
 
 
-def _swapped(ranks: Sequence[int], costs: Sequence[int], limit: int, draw: random.Random) -> list[int]:
-    """Random swaps of two ranks that lower the parameters to the limit, and then raise them within it.
+def _swapped(ranks: Sequence[int], costs: Sequence[int], limit: int, generator: random.Random) -> list[int]:
+    """Swap random pairs of ranks: first swaps that reduce the parameters to the limit, then swaps that increase them.
 
-    Above the limit there is always a swap that lowers them, unless no order of the ranks has fewer.
+    Above the limit there is always a swap that reduces the parameters, unless no order of the ranks has fewer.
     """
     ranks = list(ranks)
     size = _parameters(ranks, costs)
     for _ in range(_SWAPS):
-        one, other = draw.randrange(len(ranks)), draw.randrange(len(ranks))
+        one, other = generator.randrange(len(ranks)), generator.randrange(len(ranks))
         changed = size + (ranks[one] - ranks[other]) * (costs[other] - costs[one])
         if changed < size if size > limit else size <= changed <= limit:
             ranks[one], ranks[other], size = ranks[other], ranks[one], changed
@@ -221,7 +221,7 @@ def _inverse(setting: Setting) -> Any:
 
 
 def _gradient_of_lora_b(setting: Setting) -> Any:
-    """The published FIM-LoRA: the squared gradient of `lora_B`, of the whole batch, averaged over batches."""
+    """The score of the published FIM-LoRA: the squared batch gradient of `lora_B`, averaged over batches."""
     model = setting.adapted(setting.config()).eval()
     layers: Mapping[str, Any] = adapter_layers(model, "default")
     means = dict.fromkeys(layers, 0.0)
@@ -232,20 +232,20 @@ def _gradient_of_lora_b(setting: Setting) -> Any:
             gradient = layer.lora_B["default"].weight.grad
             means[name] += gradient.square().mean().item() / len(setting.calibration)
     setting = replace(setting, model=model.unload())
-    # Shapes and costs are those of the same layers.
+    # One batch is enough: only the shapes and costs of these scores are used.
     shapes = fim_scores(replace(setting, calibration=setting.calibration[:1]))
     return by_scores(setting, with_means(shapes, means), budget="parameters")
 
 
 def _eva(rho: float) -> Method:
     def adapter(setting: Setting) -> Any:
-        # It takes tokens without a label for padding, and a class has no token.
+        # With the mask, EVA ignores tokens without a label. In classification, no token has one.
         eva = EvaConfig(rho=rho, use_label_mask=setting.task_type == "CAUSAL_LM", adjust_scaling_factors=True)
         config = setting.config(init_lora_weights="eva", eva_config=eva)
         model = setting.adapted(config).eval()
         directions = get_eva_state_dict(model, setting.calibration, show_progress_bar=False)
         initialize_lora_eva_weights(model, eva_state_dict=_truncated(directions, model, setting.rank))
-        # Of a layer whose rank it changed it makes new weights, in the precision of the model.
+        # EVA creates new weights for layers whose rank changed, in the precision of the model.
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -255,7 +255,10 @@ def _eva(rho: float) -> Method:
 
 
 def _truncated(directions: dict[str, Any], model: nn.Module, rank: int) -> dict[str, Any]:
-    """EVA keeps the sum of ranks. Where that is more parameters than uniform LoRA has, the last directions go."""
+    """Drop the last directions until the adapter has at most as many parameters as uniform LoRA.
+
+    EVA preserves the sum of ranks, which can mean more parameters.
+    """
     layers: Mapping[str, Any] = adapter_layers(model, "default")
     cost = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
     by_name = {name.removeprefix("base_model.model."): name for name in directions}
@@ -266,37 +269,29 @@ def _truncated(directions: dict[str, Any], model: nn.Module, rank: int) -> dict[
 
 
 class _AllocatorWithinUniform(RankAllocator):  # type: ignore[misc]
-    """AdaLoRA's, which counts ranks, and at the end drops more of them until it has no more parameters than allowed.
+    """AdaLoRA's allocator with a limit on parameters: it counts ranks, and drops more of them at the end if needed.
 
     Attributes:
-        most_parameters: The parameters allowed.
+        max_parameters: Largest number of adapter parameters.
     """
 
-    most_parameters: int
+    max_parameters: int
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> Any:
         rank_pattern = super().mask_to_budget(model, budget)
-        while budget <= self.target_bgt and adapter_parameters(model) > self.most_parameters:
+        while budget <= self.target_bgt and adapter_parameters(model) > self.max_parameters:
             budget -= 1
             rank_pattern = super().mask_to_budget(model, budget)
         return rank_pattern
 
 
 def _adalora(setting: Setting) -> Any:
-    """It starts at 1.5 times the rank and ends at uniform LoRA's parameters."""
+    """AdaLoRA that starts at 1.5 times the rank and ends with at most as many parameters as uniform LoRA."""
     return adalora_from(setting, max(setting.rank + 1, round(1.5 * setting.rank)))
 
 
 def adalora_from(setting: Setting, init_r: int) -> Any:
-    """AdaLoRA that begins with some rank everywhere.
-
-    Args:
-        setting: The setting.
-        init_r: The rank.
-
-    Returns:
-        The adapted model.
-    """
+    """Adapt the model with AdaLoRA that starts at rank `init_r` in every layer."""
     config = AdaLoraConfig(
         init_r=init_r,
         target_r=setting.rank,
@@ -309,19 +304,19 @@ def adalora_from(setting: Setting, init_r: int) -> Any:
         task_type=setting.task_type,
     )
     model = setting.adapted(config)
-    # It counts ranks and is not trained, but PEFT makes a trained parameter of it where it casts it to float32.
+    # `ranknum` counts ranks and must not be trained, but PEFT makes it trainable when it casts it to float32.
     for name, parameter in model.named_parameters():
         if "ranknum" in name:
             parameter.requires_grad_(False)
     allocator = model.base_model.rankallocator
-    allocator.__class__ = _AllocatorWithinUniform  # and no closure, which a copy of the model would share
-    allocator.most_parameters = adapter_parameters(model) * setting.rank // init_r
+    allocator.__class__ = _AllocatorWithinUniform  # a copy of the model would share a closure
+    allocator.max_parameters = adapter_parameters(model) * setting.rank // init_r
     return model
 
 
 def _lora_ga(setting: Setting) -> Any:
     config = setting.config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
-    # It takes the gradients of the weights themselves.
+    # LoRA-GA makes the weights trainable to read their gradients; the flags are restored afterward.
     requires_grad = {name: parameter.requires_grad for name, parameter in setting.model.named_parameters()}
 
     def backward() -> None:
@@ -350,25 +345,23 @@ METHODS: dict[str, Method] = {
     "lora-ga": _lora_ga,
     "uniform-double-rank": _uniform_of_double_rank,
 }
-"""Name to method; the first is the reference, the last an upper reference with twice the parameters."""
+"""The methods by name. The first is the reference, the last an upper reference with twice the parameters."""
 
 REFERENCE, UPPER_REFERENCE = "uniform", "uniform-double-rank"
 
 
 def adapter_parameters(model: nn.Module) -> int:
-    """Parameters of the adapter that are in use.
+    """Number of adapter parameters in use, without the classifier.
 
-    Args:
-        model: A model with an adapter.
-
-    Returns:
-        The number, without classifier; of AdaLoRA those of the ranks that are kept, without the singular values.
-        Before its first step all singular values are zero, and all ranks count.
+    For AdaLoRA, these are the parameters of the ranks it keeps, without the singular values. Before its first step
+    all singular values are zero, and all ranks count.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if any("default" in getattr(layer, "lora_E", {}) for layer in layers):
         costs = {layer.lora_E["default"]: layer.in_features + layer.out_features for layer in layers}
         kept = sum(int((values != 0).sum()) * cost for values, cost in costs.items())
         return kept or sum(values.numel() * cost for values, cost in costs.items())
-    weights = [of["default"].weight for layer in layers for of in (layer.lora_A, layer.lora_B) if "default" in of]
+    weights = [
+        linear["default"].weight for layer in layers for linear in (layer.lora_A, layer.lora_B) if "default" in linear
+    ]
     return sum(weight.numel() for weight in weights)

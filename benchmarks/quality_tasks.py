@@ -1,4 +1,4 @@
-"""What `quality.py` trains on: real data, a real pretrained model, batches that depend on the seed alone."""
+"""The tasks of `quality.py`: data, pretrained models, batches that depend only on the seed, and metrics."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 Batch = dict[str, Tensor]
 
 HUB = "hub"
-"""Instead of a folder with the files: the same data from the hub."""
+"""In place of a folder with the data files: read the same data from the hub."""
 
-# Rows that are drawn once, whatever the seed of a run, so that all runs are measured on the same ones.
+# The splits do not depend on the seed of a run, so that all runs are measured on the same rows.
 _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised example.
+    """One tokenized example.
 
     Attributes:
-        input_ids: Tokens.
-        labels: The class, or one label for each token, -100 where there is no loss.
-        prompt: Of a question, the tokens that its answer follows, however many.
-        answer: Of a question, the reference answer.
+        input_ids: Token ids.
+        labels: The class, or one label for each token, with -100 for tokens without a loss.
+        prompt: For a question, all tokens before the answer, not truncated.
+        answer: For a question, the text of the reference answer.
     """
 
     input_ids: list[int]
@@ -46,10 +46,10 @@ class Splits:
     """The examples of a task.
 
     Attributes:
-        train: To train and to calibrate on.
-        development: To choose the learning rate on; never reported.
-        test: To report.
-        num_labels: Classes; 0 for a language model.
+        train: Examples for training and calibration.
+        development: Examples for selecting the learning rate, which are never reported.
+        test: Examples for the reported metrics.
+        num_labels: Number of classes; 0 for a language model.
     """
 
     train: list[Example]
@@ -63,17 +63,17 @@ class Task:
     """One task.
 
     Attributes:
-        name: How results call it.
-        metric: The main metric: `"accuracy"`, more is better, or `"loss"`, less is better.
-        read: Takes folder or `HUB` and returns rows for training and for the test.
-        causal: Whether the model is a language model.
-        targets: What `all-linear` and `attention` mean as module names.
-        learning_rates: The grid to start from, the same for every method.
+        name: Name of the task in the results.
+        metric: The main metric: `"accuracy"` (higher is better) or `"loss"` (lower is better).
+        read: Reads the rows for training and for the test from a folder or `HUB`.
+        causal: Whether the model is a causal language model.
+        targets: Module names of `all-linear` and of `attention`.
+        learning_rates: The learning rates to start with, the same for every method.
         batch_size: Examples in a batch.
         steps: Training steps.
-        max_length: Tokens of an example, at most.
-        development_size: Examples of the development split, taken from the training rows.
-        test_size: Examples of the test split, at most.
+        max_length: Largest number of tokens in an example.
+        development_size: Examples in the development split, which are taken from the training rows.
+        test_size: Largest number of examples in the test split.
     """
 
     name: str
@@ -103,7 +103,7 @@ def _sst2(source: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def _with_names(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    # The files have no header, and so the names that `_rows` gives.
+    # The files have no header; `_read_file` names the columns as on the hub.
     return [{"text": row["text"], "label": row["label"]} for row in rows]
 
 
@@ -145,22 +145,22 @@ _LONG_TASKS = (
     Task("gsm8k-long", "loss", _gsm8k, True, _LLAMA_TARGETS, (1e-3, 2e-3, 4e-3), 8, 120, 192, 64, 256),
 )
 TASKS = {task.name: task for task in (*_SHORT_TASKS, *_LONG_TASKS)}
-"""Name to task."""
+"""The tasks by name."""
 
 DEFAULT_TASKS = [task.name for task in _SHORT_TASKS]
-"""Without those that train on 7 and 12 times as many examples, for a GPU."""
+"""The short tasks. The long ones train on 7 and 12 times as many examples and need a GPU."""
 
 
 def load_splits(task: Task, source: str, tokenizer: Any) -> Splits:
-    """Read and tokenise a task.
+    """Read and tokenize a task.
 
     Args:
         task: The task.
-        source: Folder with the files, or `HUB`.
-        tokenizer: The model's.
+        source: Folder with the data files, or `HUB`.
+        tokenizer: Tokenizer of the model.
 
     Returns:
-        The splits. The test rows, and the training rows that become the development split, are the same in every run.
+        The splits, which are the same in every run.
     """
     train, test = task.read(source)
     shuffle = random.Random(_SPLIT_SEED)
@@ -181,7 +181,7 @@ def _encode_sentence(row: dict[str, Any], tokenizer: Any, max_length: int, names
 
 
 def _encode_solution(row: dict[str, Any], tokenizer: Any, max_length: int, names: list[Any]) -> Example:
-    """The loss is on the answer only."""
+    """Tokenize a question with its answer. Only tokens of the answer have a label."""
     question = tokenizer(f"Question: {row['question']}\nAnswer: ", add_special_tokens=False)["input_ids"]
     answer = tokenizer(row["answer"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     labels = [-100] * len(question) + answer
@@ -189,14 +189,7 @@ def _encode_solution(row: dict[str, Any], tokenizer: Any, max_length: int, names
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a model.
-
-    Args:
-        source: Hub id, folder or GGUF file.
-
-    Returns:
-        The tokenizer, which has a token to pad with.
-    """
+    """Load the tokenizer of a hub id, folder or GGUF file, and make sure that it has a padding token."""
     path, options = _path_and_options(source)
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -204,15 +197,15 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_model(task: Task, source: str, num_labels: int, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
-    """The pretrained model, with a new classifier if the task needs one.
+    """Load the pretrained model, with a new classifier if the task needs one.
 
     Args:
         task: The task.
         source: Hub id, folder or GGUF file.
-        num_labels: Classes.
-        seed: Decides the values of the classifier.
-        device: Where to put it.
-        dtype: Its precision. A classifier, which is trained, is in float32 like the adapters.
+        num_labels: Number of classes.
+        seed: Seed of the classifier's initial values.
+        device: Device of the model.
+        dtype: Precision of the model. The classifier is trained, so it is in float32, as adapters are.
 
     Returns:
         The model.
@@ -229,7 +222,7 @@ def load_model(task: Task, source: str, num_labels: int, seed: int, device: torc
 
 
 def _in_float32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # At the top of the module, so that a copy of the classifier, such as PEFT makes, keeps it.
+    # A module-level function, so that a copy of the classifier, as PEFT makes, keeps this hook.
     return tuple(tensor.float() for tensor in inputs)
 
 
@@ -240,16 +233,16 @@ def _path_and_options(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def batches(examples: Sequence[Example], batch_size: int, pad: int, device: torch.device) -> Iterator[Batch]:
-    """Pad examples into batches, in the order in which they are.
+    """Pad examples into batches and keep their order.
 
     Args:
-        examples: Tokenised examples.
-        batch_size: Examples in a batch; the last may have fewer.
-        pad: Token to pad with.
-        device: Where to put them.
+        examples: Tokenized examples.
+        batch_size: Examples in a batch; the last batch may have fewer.
+        pad: Padding token.
+        device: Device of the batches.
 
     Yields:
-        Batches of token ids and mask (B × T) and labels (B, or B × T).
+        Batches of token ids and mask (B × T) and labels (B for classes, B × T for tokens).
     """
     for first in range(0, len(examples), batch_size):
         chosen = examples[first : first + batch_size]
@@ -268,50 +261,52 @@ def _padded(values: list[int], length: int, pad: int) -> list[int]:
     return values + [pad] * (length - len(values))
 
 
-_BATCHES_SORTED_TOGETHER = 32
-"""Of so many batches, examples of similar length share one, as with `group_by_length` of transformers' `Trainer`: less
-padding, which on short sentences is more than half of the work."""
+_BATCHES_PER_POOL = 32
+"""Within this number of batches, examples of similar length share a batch, as with `group_by_length` of transformers'
+`Trainer`. This avoids padding, which is more than half of the work for short sentences."""
 
 
 def training_order(lengths: Sequence[int], batch_size: int, num_batches: int, seed: int) -> list[int]:
-    """Indices of the examples of a run: shuffled rounds, in which batches are of similar length and in any order.
+    """Indices of the training examples of a run: shuffled epochs, grouped into batches of similar length.
+
+    The batches within a pool are in random order.
 
     Args:
-        lengths: Tokens of each example of the training split.
+        lengths: Number of tokens in each example of the training split.
         batch_size: Examples in a batch.
-        num_batches: Batches wanted.
-        seed: Of the run.
+        num_batches: Number of batches.
+        seed: Seed of the run.
 
     Returns:
-        `num_batches * batch_size` indices; the same for every method.
+        `num_batches * batch_size` indices, which are the same for every method.
     """
     order = random.Random(f"order {seed}")
     indices: list[int] = []
     while len(indices) < num_batches * batch_size:
-        round_ = list(range(len(lengths)))
-        order.shuffle(round_)
-        indices += round_
-    together = _BATCHES_SORTED_TOGETHER * batch_size
+        epoch = list(range(len(lengths)))
+        order.shuffle(epoch)
+        indices += epoch
+    pool_size = _BATCHES_PER_POOL * batch_size
     grouped: list[int] = []
-    for first in range(0, num_batches * batch_size, together):
-        pool = sorted(indices[first : first + together], key=lambda index: lengths[index])
-        taken = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
-        order.shuffle(taken)
-        grouped += [index for batch in taken for index in batch]
+    for first in range(0, num_batches * batch_size, pool_size):
+        pool = sorted(indices[first : first + pool_size], key=lambda index: lengths[index])
+        pool_batches = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
+        order.shuffle(pool_batches)
+        grouped += [index for batch in pool_batches for index in batch]
     return grouped[: num_batches * batch_size]
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, data: Iterator[Batch]) -> dict[str, float]:
-    """Loss and, for classes, accuracy over some batches.
+    """Loss and accuracy over batches. The model is left in eval mode.
 
     Args:
-        model: The model; afterwards in eval mode.
+        model: The model.
         task: The task.
         data: The batches.
 
     Returns:
-        `loss`, the mean over classified examples or answer tokens in nats, and `accuracy`.
+        `loss` in nats and `accuracy`: means over examples for classification, over answer tokens for causal tasks.
     """
     model.eval()
     loss, correct, count = 0.0, 0, 0
@@ -327,34 +322,34 @@ def evaluate(model: nn.Module, task: Task, data: Iterator[Batch]) -> dict[str, f
     return {"loss": loss / count, "accuracy": correct / count}
 
 
-MOST_NEW_TOKENS = 160
-"""Of a generated answer."""
+MAX_NEW_TOKENS = 160
+"""Largest number of tokens in a generated answer."""
 
 
 @torch.no_grad()
 def exact_match(
     model: Any, examples: Sequence[Example], tokenizer: Any, batch_size: int, device: torch.device
 ) -> float:
-    """The share of questions to which the greedy answer has the number of the reference.
+    """The share of questions whose greedy answer has the number of the reference. The model is left in eval mode.
 
     Args:
-        model: A language model; afterwards in eval mode.
-        examples: With prompt and reference answer.
-        tokenizer: The model's.
+        model: A causal language model.
+        examples: Examples with prompt and reference answer.
+        tokenizer: Tokenizer of the model.
         batch_size: Questions in a batch.
-        device: Of the model.
+        device: Device of the model.
 
     Returns:
-        Between 0 and 1.
+        The share, between 0 and 1.
     """
     model.eval()
     pad = tokenizer.pad_token_id
-    asked = sorted(
+    questions = sorted(
         ((example.prompt or [], example.answer or "") for example in examples), key=lambda pair: len(pair[0])
     )
     correct = 0
-    for first in range(0, len(asked), batch_size):
-        chosen = asked[first : first + batch_size]
+    for first in range(0, len(questions), batch_size):
+        chosen = questions[first : first + batch_size]
         length = max(len(prompt) for prompt, _ in chosen)
         # Padded on the left, so that every answer directly follows its question.
         ids = torch.tensor([[pad] * (length - len(prompt)) + prompt for prompt, _ in chosen], device=device)
@@ -362,7 +357,7 @@ def exact_match(
         answers = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=MOST_NEW_TOKENS,
+            max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
             use_cache=True,
             pad_token_id=pad,
@@ -370,11 +365,11 @@ def exact_match(
         )
         texts = tokenizer.batch_decode(answers[:, length:], skip_special_tokens=True)
         correct += sum(is_correct(text, reference) for text, (_, reference) in zip(texts, chosen, strict=True))
-    return correct / len(asked)
+    return correct / len(questions)
 
 
 def is_correct(text: str, reference: str) -> bool:
-    """Whether the number after `####` is that of the reference; a text without one is wrong."""
+    """Whether the number after `####` is that of the reference. A text without a number is not correct."""
     number = _final_number(text)
     return number is not None and number == _final_number(reference)
 

@@ -1,7 +1,7 @@
-"""Variants of FIM ranks, from which the defaults of the library are chosen: each changes one thing.
+"""Variants of FIM ranks, which are the evidence for the defaults of the library. Each variant changes one thing.
 
-All have a parameter budget and the exponent 1 unless their name says otherwise, and all are within uniform LoRA's
-parameters; what they are compared with is `fim-parameters` of `quality_methods.py`.
+All variants have a parameter budget and the exponent 1 unless their name says otherwise, and at most as many
+parameters as uniform LoRA. Compare them with `fim-parameters` of `quality_methods.py`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fim_lora import FimConfig, FimScores, RankAllocation
 from quality_methods import SCALING, Method, Setting, adalora_from, by_scores, fim_scores, with_means, with_ranks
 
 HEAD_WARM_UP_ROUNDS = 5
-"""How often the warm-up of a new classifier goes through the calibration batches."""
+"""Passes over the calibration batches in the warm-up of a new classifier."""
 
 _HEAD_LEARNING_RATE = 1e-2
 
 
-# --- The scaling of a layer whose rank moved ---------------------------------------------------------------------
+# --- The scaling of a layer whose rank changed ------------------------------------------------------------------
 
 
 def _allocation(setting: Setting, **fim_options: Any) -> tuple[RankAllocation, Any]:
@@ -33,7 +33,7 @@ def _allocation(setting: Setting, **fim_options: Any) -> tuple[RankAllocation, A
 
 
 def _scaled(power: float, **fim_options: Any) -> Method:
-    """The scaling of a layer is times `(r / r_i) ** power`."""
+    """Multiply the scaling of each layer by `(r / r_i) ** power`."""
 
     def adapter(setting: Setting) -> Any:
         allocation, config = _allocation(setting, **fim_options)
@@ -44,7 +44,7 @@ def _scaled(power: float, **fim_options: Any) -> Method:
 
 
 def _uniform_with_scaling_by_rank(setting: Setting) -> Any:
-    """The other half of a reallocation: every layer has rank r, and its scaling is times `r_i / r`."""
+    """The other half of a reallocation: every layer has rank r, and its scaling is multiplied by `r_i / r`."""
     allocation, config = _allocation(setting)
     alphas = {name: SCALING * rank for name, rank in allocation.ranks.items()}
     uniform = dict.fromkeys(allocation.ranks, setting.rank)
@@ -55,7 +55,7 @@ def _uniform_with_scaling_by_rank(setting: Setting) -> Any:
 
 
 def _bounded(factor: int) -> Method:
-    """`r_max` is so many times r."""
+    """Set `r_max` to `factor * r`."""
     return lambda setting: by_scores(setting, fim_scores(setting), budget="parameters", r_max=factor * setting.rank)
 
 
@@ -63,7 +63,7 @@ def _bounded(factor: int) -> Method:
 
 
 def _sum_over_entries(score_exponent: float = 1.0) -> Method:
-    """The squared norm of the gradient, and not its mean over the entries of the weight; with 1/2, its norm."""
+    """Score by the sum over the entries of the weight instead of the mean; the exponent 1/2 gives the norm."""
 
     def adapter(setting: Setting) -> Any:
         scores = fim_scores(setting)
@@ -89,14 +89,9 @@ def _weights_with_gradients(model: Any, names: Any) -> Iterator[dict[str, nn.Par
 
 
 def batch_gradients(setting: Setting, names: Any) -> Iterator[dict[str, Tensor]]:
-    """The gradients of weights for one calibration batch after the other.
+    """Yield, for each calibration batch, the gradients of the weights of the named layers.
 
-    Args:
-        setting: The setting; its model is left as it was.
-        names: The layers.
-
-    Yields:
-        Layer to gradient of its weight (d_out × d_in, float32) for the mean loss of a batch.
+    Each gradient (d_out × d_in, float32) is that of the mean loss of the batch. The model is restored afterward.
     """
     with _weights_with_gradients(setting.model, names) as weights:
         for batch in setting.calibration:
@@ -107,15 +102,7 @@ def batch_gradients(setting: Setting, names: Any) -> Iterator[dict[str, Tensor]]
 
 
 def batch_means(setting: Setting, scores: FimScores) -> dict[str, float]:
-    """Mean over entries and calibration batches of the squared gradient of a whole batch.
-
-    Args:
-        setting: The setting.
-        scores: Of the layers wanted.
-
-    Returns:
-        Layer to mean.
-    """
+    """For each layer in `scores`: mean over entries and calibration batches of the squared batch gradient."""
     means = dict.fromkeys(scores, 0.0)
     for gradients in batch_gradients(setting, list(scores)):
         for name, gradient in gradients.items():
@@ -130,14 +117,7 @@ def _batch_gradients(setting: Setting) -> Any:
 
 @contextmanager
 def warm_head(setting: Setting) -> Iterator[None]:
-    """Train the new classifier alone on the calibration batches; afterwards it is what it was.
-
-    Args:
-        setting: The setting, whose model has a module `classifier`.
-
-    Yields:
-        Nothing; meanwhile the classifier is trained.
-    """
+    """Train only the new `classifier` of the model on the calibration batches, and restore it after the block."""
     head = setting.model.classifier
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     optimizer = torch.optim.AdamW(head.parameters(), lr=_HEAD_LEARNING_RATE, weight_decay=0.0)
@@ -163,15 +143,15 @@ def _after_head_warm_up(setting: Setting) -> Any:
 
 
 def greedy_ranks(gains: Mapping[str, list[float]], costs: Mapping[str, int], limit: int) -> dict[str, int]:
-    """Give one rank after the other to the layer that gains the most from it per parameter.
+    """Assign ranks one by one, each to the layer with the largest gain per parameter.
 
     Args:
-        gains: Layer to gain of its first, second, … rank, none larger than the one before; as many as it may get.
-        costs: Layer to parameters of one rank.
-        limit: Parameters in all.
+        gains: For each layer, the gains of its first, second, … rank in non-increasing order, up to its largest rank.
+        costs: Parameters of one rank for each layer.
+        limit: Largest total number of parameters.
 
     Returns:
-        Ranks, each at least 1; what no layer can pay any more is left over.
+        Rank of each layer, at least 1. Parameters that are too few for another rank are not used.
     """
     ranks = dict.fromkeys(gains, 1)
     left = limit - sum(costs.values())
@@ -189,24 +169,24 @@ def greedy_ranks(gains: Mapping[str, list[float]], costs: Mapping[str, int], lim
 
 
 def _spectrum(setting: Setting) -> Any:
-    """The gain of the k-th rank is the square of the k-th singular value of the mean gradient."""
+    """Greedy ranks; the gain of the k-th rank is the square of the k-th singular value of the mean gradient."""
     allocation, config = _allocation(setting)
     scores = allocation.scores
     total: dict[str, Tensor] = {}
     for gradients in batch_gradients(setting, list(scores)):
         for name, gradient in gradients.items():
             total[name] = total.get(name, 0) + gradient
-    most = 4 * setting.rank
-    gains = {name: torch.linalg.svdvals(total[name].float())[:most].square().tolist() for name in scores}
+    max_rank = 4 * setting.rank
+    gains = {name: torch.linalg.svdvals(total[name].float())[:max_rank].square().tolist() for name in scores}
     limit = setting.rank * sum(scores.parameters_per_rank.values())
     ranks = greedy_ranks(gains, scores.parameters_per_rank, limit)
     return setting.adapted(with_ranks(allocation, ranks).to_lora_config(config))
 
 
 def _adalora_with_uniform_ranks(setting: Setting) -> Any:
-    """AdaLoRA's form of the adapter, a diagonal between two random matrices, without its ranks."""
+    """AdaLoRA's adapter, a diagonal between two random matrices, with fixed ranks."""
     model = adalora_from(setting, setting.rank)
-    model.base_model.update_and_allocate = _keep_ranks  # PEFT's cannot drop none
+    model.base_model.update_and_allocate = _keep_ranks  # PEFT's method cannot keep all ranks
     return model
 
 
@@ -228,4 +208,4 @@ VARIANTS: dict[str, Method] = {
     "fim-spectrum": _spectrum,
     "adalora-uniform-ranks": _adalora_with_uniform_ranks,
 }
-"""Name to method."""
+"""The variants by name."""
