@@ -1,51 +1,60 @@
-# Two commands: `make demo` does the main job on a real model, `make test` runs the tests.
+# `make` or `make help` lists the targets. Targets that need the virtual environment create it in $(VENV).
+# `make help` prints the text after `##` on the line of a target.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 STAMPS := $(VENV)/.installed
-# Both ends of the range of PEFT that pyproject.toml states; the newest is in constraints.txt.
+# pyproject.toml states the supported range of PEFT versions. This is the oldest; constraints.txt has the newest.
 OLDEST_PEFT := 0.18.0
-# The newest that it can import.
+# The newest torchao that the oldest PEFT can import.
 OLDEST_TORCHAO := 0.15.0
-# Apart from the rest, because PEFT imports them wherever they are installed, and they have things to say then.
-QUANTISED := $(VENV)/quantised
-# Apart, too, because Accelerate behaves otherwise where it is installed.
+# bitsandbytes and torchao are installed in a separate folder, because PEFT imports them whenever they are installed,
+# and they print warnings when they are imported.
+QUANTIZED := $(VENV)/quantized
+# DeepSpeed is installed in a separate folder, because Accelerate behaves differently when it is installed.
 DEEPSPEED := $(VENV)/deepspeed
 DEMO := demo-output
-# One thread and one file of tests at a time for each processor: the models of the tests are too small for more threads.
+# One worker per processor, one thread per worker, and all tests of a file on the same worker: the test models are too
+# small to benefit from more threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: demo test test-oldest-peft lint types clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-oldest-peft lint types clean
 
-demo: $(STAMPS)/demo
+help: ## List the targets.
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMPS)/demo ## Allocate ranks for SmolLM2-135M on real text and train a few steps with stock PEFT.
 	$(BIN)/python examples/stdlib_docstrings.py $(DEMO)/docstrings.jsonl
 	$(BIN)/fim-lora allocate --model "$$($(BIN)/python examples/smollm2_path.py)" --data $(DEMO)/docstrings.jsonl \
 		-r 8 --target-modules all-linear --max-length 128 --output $(DEMO)/adapter --overwrite
 	$(BIN)/python examples/train_with_stock_peft.py $(DEMO)/adapter $(DEMO)/docstrings.jsonl
 
-test: $(STAMPS)/test $(QUANTISED) $(DEEPSPEED)
-	$(PYTEST) --ignore tests/test_quantised.py --ignore tests/test_zero3.py
-	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/test_quantised.py
-	PYTHONPATH=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest tests/test_zero3.py
+test: $(STAMPS)/test $(QUANTIZED) $(DEEPSPEED) ## Run all tests with the newest supported PEFT.
+	$(PYTEST) --ignore tests/adapter/test_quantized.py --ignore tests/runtime/test_zero3.py
+	PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest tests/adapter/test_quantized.py
+	PYTHONPATH=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest tests/runtime/test_zero3.py
 
-test-oldest-peft: $(STAMPS)/test $(QUANTISED) $(VENV)/peft-$(OLDEST_PEFT) $(VENV)/torchao-$(OLDEST_TORCHAO)
-	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT) $(PYTEST) tests/test_peft_integration.py \
-		tests/test_initialization.py tests/test_stock_peft.py tests/test_rank_allocation.py tests/test_layer_types.py \
-		tests/test_lora_initialisations.py tests/test_lora_variants.py tests/test_rank_zero.py tests/test_rank_zero_more.py \
-		tests/test_after_training.py tests/test_faults.py
-	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT):$(VENV)/torchao-$(OLDEST_TORCHAO):$(QUANTISED) $(BIN)/python -m pytest \
-		tests/test_quantised.py
+test-oldest-peft: $(STAMPS)/test $(QUANTIZED) $(VENV)/peft-$(OLDEST_PEFT) $(VENV)/torchao-$(OLDEST_TORCHAO) ## Run the tests that depend on PEFT with the oldest supported PEFT.
+	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT) $(PYTEST) tests/adapter tests/fisher/layers \
+		tests/ranks/test_rank_allocation.py tests/runtime/test_replay.py tests/runtime/test_wrappers.py \
+		tests/test_initialization.py tests/test_initialization_errors.py tests/test_scoring.py \
+		tests/test_after_training.py tests/test_faults.py \
+		--ignore tests/adapter/test_converted_targets.py --ignore tests/adapter/test_patterns.py \
+		--ignore tests/adapter/test_quantized.py
+	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT):$(VENV)/torchao-$(OLDEST_TORCHAO):$(QUANTIZED) $(BIN)/python -m pytest \
+		tests/adapter/test_quantized.py
 
-lint: $(STAMPS)/test
+lint: $(STAMPS)/test ## Check style and formatting with ruff.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMPS)/test
+types: $(STAMPS)/test ## Check the types with mypy.
 	$(BIN)/mypy
 
-clean:
+clean: ## Delete the virtual environment and the output of the demo.
 	rm -rf $(VENV) $(DEMO)
 
 $(STAMPS)/venv:
@@ -63,7 +72,7 @@ $(STAMPS)/test: $(STAMPS)/demo
 	$(PIP) --editable ".[cli,test]"
 	touch $@
 
-$(QUANTISED): $(STAMPS)/venv constraints.txt
+$(QUANTIZED): $(STAMPS)/venv constraints.txt
 	$(PIP) --no-deps --upgrade --target $@ bitsandbytes torchao
 	touch $@
 
