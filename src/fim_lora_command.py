@@ -4,20 +4,14 @@ It is separate from the package, because importing the package takes seconds: Ct
 library, must be reported in one line, too.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command, by default with the arguments of the process.
 
-    Args:
-        arguments: Command-line arguments without the program name; `None` for those of the process.
-
-    Returns:
-        Exit code: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C.
+    The exit code is 0, 1 for an error, 2 for wrong usage, or 130 after Ctrl-C.
     """
     try:
         from fim_lora.cli.app import run

@@ -56,7 +56,7 @@ def test_norms_are_exact(form, dtype, bound, shape):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_cancelling_gradients_stay_exact(dtype):
+def test_canceling_gradients_stay_exact(dtype):
     """Positions whose gradients sum to nearly nothing, with a large common input."""
     x, g = pair(2, 256, 32, 16, dtype)
     x, g = x + 5, (g - g.mean(1, keepdim=True, dtype=torch.float32).to(dtype))
@@ -198,7 +198,7 @@ def test_a_loop_of_ones_own(dtype, checkpointing):
     ],
     ids=["nf4", "nf4 bfloat16", "int8"],
 )
-def test_quantised_models_equal_autograd_of_the_dequantised(tmp_path, quantization, rel):
+def test_quantized_models_equal_autograd_of_the_dequantized(tmp_path, quantization, rel):
     """Int8 also quantizes the activations, which the dequantized model does not."""
     float_llama().save_pretrained(tmp_path)
     quantized = AutoModelForCausalLM.from_pretrained(

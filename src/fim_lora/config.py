@@ -1,7 +1,5 @@
 """`FimConfig`: how ranks are decided from the eFIM; and the names of PEFT's initializations."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass, field
@@ -31,28 +29,26 @@ class FimConfig:
 
     Args:
         fim_calibration_batches: Number of batches over which the eFIM is averaged; at least 1.
-        r_min: Smallest rank of a layer; at least 0. With 0 a layer can lose its adapter. It is then removed from
+        r_min: Smallest rank of a layer; at least 0. At 0, a layer can lose its adapter. It is then removed from
             `target_modules`, as with EVA.
         r_max: Largest rank of a layer; at least 1 and `r_min`. `None` means four times the layer's base rank
             (32 for `r=8`).
-        adjust_scaling_factors: If `True`, `lora_alpha` of a layer whose base rank r became r_i is multiplied by
-            `r_i / r`, as with EVA, or by `sqrt(r_i / r)` with `use_rslora`, so that the layer keeps its scaling. (EVA
-            multiplies by `r_i / r` also with `use_rslora`, which changes the scaling.) If `False`, `lora_alpha`
-            stays and the scaling follows from the new rank.
-        budget: The quantity that stays the same as with uniform ranks: `"rank"`, the sum of ranks, or `"parameters"`,
-            the number of entries of A and B. Choose `"parameters"` to compare with uniform LoRA at equal size when
-            layers differ in shape.
-        score_exponent: Ranks are proportional to `score ** score_exponent`. 1 is plain proportionality; a value
-            below 1 softens the allocation; it must be positive.
+        adjust_scaling_factors: If `True`, each layer keeps its scaling: when its rank changes from r to r_i, its
+            `lora_alpha` is multiplied by `r_i / r`, as with EVA, or by `sqrt(r_i / r)` with `use_rslora`. (EVA
+            multiplies by `r_i / r` also with `use_rslora`, which changes the scaling.) If `False`, `lora_alpha` is
+            not changed, and the scaling follows from the new rank.
+        budget: What stays the same as with uniform ranks: `"rank"`, the sum of ranks, or `"parameters"`, the number
+            of entries of A and B. `"parameters"` compares with uniform LoRA at equal size if layers differ in shape.
+        score_exponent: Ranks are proportional to `score ** score_exponent`. It must be positive; 1 is plain
+            proportionality, and a value below 1 softens the allocation.
         init_lora_weights: PEFT's initialization, applied at the final ranks: `True`, `False`, `"gaussian"`,
             `"orthogonal"` (all ranks are then even), `"pissa"`, `"pissa_niter_[number of iterations]"`, `"olora"`, or
             `"eva"`, which takes only the directions from EVA and needs the dataloader for them.
         exact: Whether the gradients of linear layers are read exactly for examples of any length. If `False`, they are
-            exact for examples of up to 128 positions, and of up to an eighth of the width of wider layers (512
-            positions at a width of 4,096). Longer examples are read through a random projection of width 16, at a
-            small part of the cost of the exact norm. The estimate has no bias, its standard deviation is at most 35 %
-            of the value for one example and falls with the square root of the number of examples, and the reported
-            standard error includes it.
+            exact for examples of up to 128 positions, or up to an eighth of the width of a wider layer (512 positions
+            at a width of 4,096). Longer examples are read through a random projection of width 16, at a small part of
+            the cost. The estimate is unbiased. Its standard deviation is at most 35 % of the value for one example
+            and falls with the square root of the number of examples; the reported standard error includes it.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -62,18 +58,10 @@ class FimConfig:
     fim_calibration_batches: int = field(default=8, metadata={"help": "Number of batches for the eFIM"})
     r_min: int = field(default=1, metadata={"help": "Smallest rank of a layer"})
     r_max: int | None = field(default=None, metadata={"help": "Largest rank of a layer; None means 4 * r"})
-    adjust_scaling_factors: bool = field(
-        default=True, metadata={"help": "Rescale lora_alpha so that each layer keeps its scaling"}
-    )
-    budget: Budget = field(
-        default="rank", metadata={"help": "What stays the same as with uniform ranks: 'rank' or 'parameters'"}
-    )
-    score_exponent: float = field(
-        default=DEFAULT_SCORE_EXPONENT, metadata={"help": "Ranks are proportional to score ** score_exponent"}
-    )
-    init_lora_weights: bool | str = field(
-        default=True, metadata={"help": "PEFT's initialization, applied at the final ranks"}
-    )
+    adjust_scaling_factors: bool = field(default=True, metadata={"help": "Each layer keeps its scaling"})
+    budget: Budget = field(default="rank", metadata={"help": "What stays as with uniform ranks: rank or parameters"})
+    score_exponent: float = field(default=DEFAULT_SCORE_EXPONENT, metadata={"help": "Exponent of the scores"})
+    init_lora_weights: bool | str = field(default=True, metadata={"help": "PEFT's initialization at the final ranks"})
     exact: bool = field(default=False, metadata={"help": "Read the gradients of long examples exactly, too"})
 
     def __post_init__(self) -> None:

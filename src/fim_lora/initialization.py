@@ -1,6 +1,4 @@
-"""The story before training: a model and batches, scores, ranks, a freshly initialized LoRA adapter."""
-
-from __future__ import annotations
+"""`initialize_lora_fim_ranks`: from a model and batches to scores, ranks and a freshly initialized LoRA adapter."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -13,17 +11,18 @@ from torch import Tensor, nn
 
 from .adapter.checks import require_resizable
 from .adapter.eva_directions import eva_directions, require_eva
-from .adapter.lora_layers import adapter_layers
+from .adapter.lora_layers import adapter_layers, name_in_base_model
 from .adapter.pending_config import awaiting_config, final_initialization, require_own_config
 from .adapter.resize import Factors, resize_adapter
 from .adapter.watching import NormRecorder, lora_layers_disabled, stop_watching, watched
 from .fisher.calibration import ForwardFn, forward_fn_default
+from .fisher.layers.registry import target_layer
 from .fisher.norm_sums import NO_BATCH_SEEN
 from .fisher.scores import FimScores, LayerScore
 from .rank_allocation import RankAllocation
 from .runtime.distributed import gather_from_all, run_on_all
 from .runtime.flags import frozen_eval_mode
-from .scoring import checked_scores, scores_of_adapter
+from .scoring import scores_of_adapter
 
 
 def initialize_lora_fim_ranks(
@@ -37,22 +36,21 @@ def initialize_lora_fim_ranks(
     """Decide the rank of every LoRA layer from the eFIM, and initialize the adapter at these ranks.
 
     The scores come from one of three sources: the backward passes of your own loop since `get_peft_model` (pass
-    neither `dataloader` nor `fim_scores`); a calibration over `dataloader`, which this function runs; or given
-    `fim_scores`. With `fim_config.init_lora_weights="eva"` the `dataloader` is needed, and `fim_scores` may be given
-    in addition.
+    neither `dataloader` nor `fim_scores`); a calibration over `dataloader`, which this function runs; or `fim_scores`.
+    With `fim_config.init_lora_weights="eva"` the `dataloader` is needed, and `fim_scores` may be passed in addition.
 
-    Afterwards the adapter is an ordinary LoRA adapter: `peft_config[adapter_name]` has no `fim_config`, the new
+    Afterward, the adapter is an ordinary LoRA adapter: `peft_config[adapter_name]` has no `fim_config`, the new
     `rank_pattern` and `alpha_pattern`, and `fim_config.init_lora_weights` as its initialization. By default A is
     random and B is zero, as PEFT initializes each layer type, so the model's output is that of the base model; an
     adapter that was trained before starts from scratch. A layer of rank 0 (only with `r_min=0`) loses its adapter,
     and `target_modules` is updated, as with EVA. Dropout, bias, `modules_to_save`, other adapters, devices, dtypes
-    and `requires_grad` stay.
+    and `requires_grad` do not change.
 
     An optimizer that was built before the call stays valid: the same `nn.Parameter` objects carry the new tensors.
     If it has taken steps before, its state has the old shapes, and its next step raises for every layer whose rank
     changed: build it, or let it take its first step, after the allocation.
 
-    A call that raises leaves model and config as they were.
+    A call that raises leaves the model and its config as they were.
 
     Args:
         model: A model with a LoRA adapter that awaits allocation (`init_lora_weights="fim"`): a `PeftModel`, or a
@@ -76,7 +74,7 @@ def initialize_lora_fim_ranks(
             satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
             initialization for a layer, or could not load the adapter without the layers of rank 0; if the model is
             wrapped, its adapter sharded, an adapter merged, or its config object that of another adapter; if the
-            config asks for KaSA, BD-LoRA or Arrow; if `fim_scores` differ between processes; or if PiSSA or OLoRA
+            config uses KaSA, BD-LoRA or Arrow; if `fim_scores` differ between processes; or if PiSSA or OLoRA
             would change an offloaded weight.
         RuntimeError: If no batch was seen, no batch had finite gradients, the eFIM of every layer is zero, or another
             process failed.
@@ -95,14 +93,14 @@ def initialize_lora_fim_ranks(
     allocation = RankAllocation.from_scores(scores, config)
     _require_same_ranks(allocation)
     new_config = allocation.to_lora_config(_final_config(config))
-    directions = {}
+    factors = {}
     if _uses_eva(config):
         batches, forward_fn = cast(Iterable[Any], dataloader), forward_fn or forward_fn_default
         with lora_layers_disabled(model), frozen_eval_mode(model):
             directions = eva_directions(
-                model, batches, config, adapter_name, allocation.ranks, forward_fn, show_progress_bar
+                model, layers, adapter_name, allocation.ranks, config, batches, forward_fn, show_progress_bar
             )
-    factors = {name: (Factors(a),) for name, a in directions.items()}
+        factors = {name: (Factors(a),) for name, a in directions.items()}
     resize_adapter(model, layers, adapter_name, allocation.ranks, allocation.alphas, new_config, factors)
     stop_watching(model, adapter_name)
     # The config of this adapter has the converted targets. Another config that the ranks are written into does not.
@@ -115,7 +113,7 @@ def _checked(
     fim_scores: Mapping[str, LayerScore | float | Tensor] | None,
     adapter_name: str,
 ) -> tuple[LoraConfig, Mapping[str, LoraLayer], FimScores | None]:
-    """Config, layers and the given scores, after everything that can be refused before anything runs."""
+    """Check the arguments before anything runs; return the config, the layers and the passed scores."""
     config = awaiting_config(model, adapter_name)
     require_own_config(model, adapter_name, config)
     layers = adapter_layers(model, adapter_name)
@@ -129,7 +127,40 @@ def _checked(
         raise ValueError("Both `dataloader` and `fim_scores` were given: pass one of them.")
     if dataloader is None and fim_scores is None and watched(model, adapter_name).recorder is None:
         raise RuntimeError(NO_BATCH_SEEN)
-    return config, layers, None if fim_scores is None else checked_scores(fim_scores, cast(Any, layers))
+    return config, layers, None if fim_scores is None else _checked_scores(fim_scores, layers)
+
+
+def _checked_scores(given: Mapping[str, LayerScore | float | Tensor], layers: Mapping[str, LoraLayer]) -> FimScores:
+    """The passed scores as `FimScores`. Raises `ValueError` unless they are valid, for these layers, not all zero."""
+    by_name = {name_in_base_model(name): score for name, score in given.items()}
+    missing = [name for name in layers if name not in by_name]
+    if missing:
+        raise ValueError(
+            f"`fim_scores` lacks {len(missing)} of {len(layers)} target layers: {missing}. Pass a score for each."
+        )
+    superfluous = [name for name in by_name if name not in layers]
+    if superfluous:
+        raise ValueError(
+            f"`fim_scores` names {len(superfluous)} layers that the adapter does not target: {superfluous}. Leave "
+            "them out, or target them."
+        )
+    scores = {name: _checked_score(name, by_name[name], layer) for name, layer in layers.items()}
+    if all(score.mean == 0 for score in scores.values()):
+        raise ValueError("Every score in `fim_scores` is zero, so ranks cannot be allocated: pass measured scores.")
+    counts = (given.num_batches, given.num_skipped_batches) if isinstance(given, FimScores) else (0, 0)
+    return FimScores(scores, *counts)
+
+
+def _checked_score(name: str, score: LayerScore | float | Tensor, layer: LoraLayer) -> LayerScore:
+    if isinstance(score, LayerScore):
+        return score
+    mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
+    try:
+        weight = target_layer(name, layer).weight
+        shape = (weight.d_out, weight.d_in)
+        return LayerScore(mean, None, 0, shape, weight.parameters_per_rank, weight.rank_step)
+    except ValueError as error:
+        raise ValueError(f"The score of layer {name!r} cannot be used: {error}") from error
 
 
 def _uses_eva(config: LoraConfig) -> bool:
@@ -139,13 +170,13 @@ def _uses_eva(config: LoraConfig) -> bool:
 def _final_config(config: LoraConfig) -> LoraConfig:
     config = copy.copy(config)
     if _uses_eva(config):
-        config.eva_config = None  # no longer needed, and PEFT would warn of it whenever the adapter is loaded
+        config.eva_config = None  # no longer needed, and PEFT would warn about it whenever the adapter is loaded
     config.init_lora_weights = final_initialization(config)
     return config
 
 
 def _require_same_ranks(allocation: RankAllocation) -> None:
-    """Only given scores can differ between processes; measured ones are over the data of all processes."""
+    """Only passed scores can differ between processes; measured ones are over the data of all processes."""
     for process, ranks in enumerate(gather_from_all(lambda: allocation.ranks)):
         if ranks != allocation.ranks:
             name = min(name for name, _ in set(ranks.items()) ^ set(allocation.ranks.items()))

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from peft import LoraConfig
 
 from .adapter.config_writer import config_with_ranks
-from .adapter.converted_targets import base_values
-from .adapter.patterns import write_pattern
+from .adapter.patterns import base_values, write_pattern
 from .config import FimConfig
 from .fisher.scores import FimScores
 from .ranks.allocation import Allocation
@@ -17,14 +16,14 @@ from .ranks.allocation import Allocation
 
 @dataclass(frozen=True)
 class RankAllocation(Allocation):
-    """The ranks, why they are what they are, and the patterns that carry them into PEFT.
+    """An `Allocation` with PEFT's `rank_pattern` and `alpha_pattern`, and its conversion to a `LoraConfig`.
 
     Attributes and files are those of `Allocation`.
     """
 
     @classmethod
     def from_scores(cls, scores: FimScores, config: LoraConfig) -> RankAllocation:
-        """Allocate ranks to the layers of `scores` as `config` asks.
+        """Allocate ranks to the layers of `scores` by the `fim_config` of `config`.
 
         A `rank_pattern` or `alpha_pattern` of the config sets the base rank and base `lora_alpha` of a layer. A
         parameter into which PEFT fuses two targets of the config has twice the global values, as in PEFT.
@@ -43,8 +42,8 @@ class RankAllocation(Allocation):
         return cls.allocate(
             scores,
             getattr(config, "fim_config", None) or FimConfig(),
-            base_values(converted, config.rank_pattern, scores, config.r),
-            base_values(converted, config.alpha_pattern, scores, config.lora_alpha),
+            base_values(config.rank_pattern, scores, config.r, converted),
+            base_values(config.alpha_pattern, scores, config.lora_alpha, converted),
             r=config.r,
             lora_alpha=config.lora_alpha,
             use_rslora=config.use_rslora,
@@ -58,9 +57,8 @@ class RankAllocation(Allocation):
     @property
     def alpha_pattern(self) -> dict[str, float]:
         """`alpha_pattern` for PEFT: an entry for each adapted layer whose `lora_alpha` is not the global one."""
-        return write_pattern(
-            {name: self.alphas[name] for name, rank in self.ranks.items() if rank > 0}, self.lora_alpha
-        )
+        alphas = {name: self.alphas[name] for name, rank in self.ranks.items() if rank > 0}
+        return write_pattern(alphas, self.lora_alpha)
 
     def to_lora_config(self, base_config: LoraConfig, *, serving: bool = False) -> LoraConfig:
         """The config of an ordinary LoRA adapter with these ranks, for stock PEFT and any trainer.
@@ -82,14 +80,14 @@ class RankAllocation(Allocation):
                 every layer its scaling. Otherwise both are those of `base_config`.
 
         Returns:
-            A copy without any trace of `"fim"`, with `rank_pattern` and `alpha_pattern`.
+            A copy without `fim_config`, with PEFT's own initialization, `rank_pattern` and `alpha_pattern`.
 
         Raises:
             ValueError: If `base_config` has another `r`, `lora_alpha` or `use_rslora` than the allocation, which
-                would give other ranks or scalings than the allocated ones; if no layer keeps an adapter; if a layer
-                that keeps its adapter cannot be distinguished from one that loses it; if `serving` is asked for
-                and the layers do not share one scaling, or the initialization changes the base weights; or if
-                directions come from EVA, which needs the model.
+                would give other ranks or scalings; if no layer keeps an adapter; if a layer that keeps its adapter
+                cannot be distinguished from one that loses it; if `serving` is true and the layers do not share
+                one scaling, or the initialization changes the base weights; or if directions come from EVA, which
+                needs the model.
             RuntimeError: If PEFT's matching of the patterns gives a layer another value than the allocated one.
         """
         for field in ("r", "lora_alpha", "use_rslora"):
@@ -100,16 +98,13 @@ class RankAllocation(Allocation):
                 )
         config = copy.copy(base_config)
         if config.init_lora_weights == "fim":
-            config.init_lora_weights = self._initialization()
+            if self.fim_config.init_lora_weights == "eva":
+                raise ValueError(
+                    "No config can hold directions from EVA: let `initialize_lora_fim_ranks` initialize the adapter, "
+                    "or choose another init_lora_weights."
+                )
+            config.init_lora_weights = self.fim_config.init_lora_weights
         if getattr(config, "fim_config", None) is not None:
             config.fim_config = None
         converted = self.scores.converted_targets
         return config_with_ranks(config, self.ranks, self.alphas, converted_targets=converted, serving=serving)
-
-    def _initialization(self) -> bool | str:
-        if self.fim_config.init_lora_weights == "eva":
-            raise ValueError(
-                "No config can hold directions from EVA: let `initialize_lora_fim_ranks` initialize the adapter, or "
-                "choose another init_lora_weights."
-            )
-        return self.fim_config.init_lora_weights

@@ -1,22 +1,19 @@
-"""The first story: a model and batches give the eFIM score of every layer."""
-
-from __future__ import annotations
+"""`get_fim_scores`: from a model and batches to the eFIM score of every layer."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
-from .adapter.lora_layers import adapter_layers, name_in_base_model
+from .adapter.lora_layers import adapter_layers
 from .adapter.pending_config import lora_config_of
 from .adapter.targets import convert_targets
 from .adapter.watching import lora_layers_disabled, watched
 from .config import FimConfig
 from .fisher.calibration import ForwardFn, calibrate
-from .fisher.layers.registry import target_layer
 from .fisher.norm_sums import NormSums
-from .fisher.scores import FimScores, LayerScore
+from .fisher.scores import FimScores
 from .runtime.wrappers import unwrap_engine
 
 
@@ -96,38 +93,3 @@ def _calibrated(
     statistic = NormSums.for_layers(layers, fim_config.exact)
     num_batches = fim_config.fim_calibration_batches
     return calibrate(model, layers, statistic, dataloader, num_batches, forward_fn, show_progress_bar, **options)
-
-
-def checked_scores(given: Mapping[str, LayerScore | float | Tensor], layers: Mapping[str, nn.Module]) -> FimScores:
-    """Scores for exactly these LoRA layers, from scores that a user has given in any supported form.
-
-    Raises:
-        ValueError: If layers are missing or unknown, a score is invalid, or all scores are zero.
-    """
-    by_name = {name_in_base_model(name): score for name, score in given.items()}
-    missing = [name for name in layers if name not in by_name]
-    if missing:
-        raise ValueError(f"`fim_scores` lacks {len(missing)} of {len(layers)} target layers: {missing}.")
-    superfluous = [name for name in by_name if name not in layers]
-    if superfluous:
-        raise ValueError(
-            f"`fim_scores` names {len(superfluous)} layers that the adapter does not target: {superfluous}. Leave "
-            "them out, or target them."
-        )
-    scores = {name: _checked_score(name, by_name[name], layer) for name, layer in layers.items()}
-    if all(score.mean == 0 for score in scores.values()):
-        raise ValueError("Every score in `fim_scores` is zero, so ranks cannot be allocated: pass measured scores.")
-    counts = (given.num_batches, given.num_skipped_batches) if isinstance(given, FimScores) else (0, 0)
-    return FimScores(scores, *counts)
-
-
-def _checked_score(name: str, score: LayerScore | float | Tensor, layer: nn.Module) -> LayerScore:
-    if isinstance(score, LayerScore):
-        return score
-    mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
-    try:
-        weight = target_layer(name, layer).weight
-        shape = (weight.d_out, weight.d_in)
-        return LayerScore(mean, None, 0, shape, weight.parameters_per_rank, weight.rank_step)
-    except ValueError as error:
-        raise ValueError(f"The score of layer {name!r} cannot be used: {error}") from error

@@ -182,7 +182,7 @@ def test_servers_cannot_take_an_adapter_out_of_the_base_weights(init):
         allocation.to_lora_config(model.peft_config["default"], serving=True)
 
 
-def test_other_trainers_get_the_initialisation_in_the_config():
+def test_other_trainers_get_the_initialization_in_the_config():
     config = fim_lora_config(init_lora_weights="gaussian")
     scores = get_fim_scores(llama(), lm_batches(), config, show_progress_bar=False)
     plain = RankAllocation.from_scores(scores, config).to_lora_config(config)

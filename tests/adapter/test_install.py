@@ -154,7 +154,7 @@ def test_installing_again_changes_nothing():
         "LoraConfig.__dataclass_fields__['fim_config'] = dataclasses.field(default=None)",
     ],
 )
-def test_a_fim_initialisation_of_peft_itself_is_left_alone(shipped):
+def test_a_fim_initialization_of_peft_itself_is_left_alone(shipped):
     output = python(f"""
         import dataclasses, sys, types
         import peft

@@ -104,7 +104,7 @@ def adapted(base, kbit=False):
 
 @pytest.mark.parametrize("kbit", [False, True])
 @pytest.mark.parametrize("quantization", CASES)
-def test_own_loop_equals_autograd_of_the_dequantised_weight(folder, truth, quantization, kbit):
+def test_own_loop_equals_autograd_of_the_dequantized_weight(folder, truth, quantization, kbit):
     make, tolerance = CASES[quantization]
     model = adapted(load(folder, make()), kbit).train()
     run_own_loop(model)
@@ -114,7 +114,7 @@ def test_own_loop_equals_autograd_of_the_dequantised_weight(folder, truth, quant
 
 @pytest.mark.parametrize("with_adapter", [False, True])
 @pytest.mark.parametrize("quantization", CASES)
-def test_dataloader_equals_autograd_of_the_dequantised_weight(folder, truth, quantization, with_adapter):
+def test_dataloader_equals_autograd_of_the_dequantized_weight(folder, truth, quantization, with_adapter):
     make, tolerance = CASES[quantization]
     base = load(folder, make())
     if with_adapter:
@@ -136,7 +136,7 @@ def test_calibration_leaves_the_packed_weights_alone(folder, quantization):
 
 
 @pytest.mark.parametrize("quantization", ["bnb int8", "bnb nf4"])
-def test_a_failure_while_olora_quantises_anew_leaves_the_weights_as_they_were(folder, quantization):
+def test_a_failure_while_olora_quantizes_anew_leaves_the_weights_as_they_were(folder, quantization):
     model = load(folder, CASES[quantization][0]())
     config = fim_lora_config(target_modules=TARGETS, init_lora_weights="olora", task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
@@ -239,9 +239,9 @@ def test_layers_that_pass_no_gradient_on_are_an_error(folder):
     """torchao's int8 product of two quantized matrices has no gradient, so earlier layers cannot be trained either."""
     model = load(folder, torchao("Int8DynamicActivationInt8WeightConfig"))
     config = fim_lora_config(target_modules=TARGETS)
-    with pytest.raises(RuntimeError, match=r"self_attn\.o_proj.*passes no gradient on to its input"):
+    with pytest.raises(RuntimeError, match=r"self_attn\.o_proj.*passes no gradient to its input"):
         get_fim_scores(model, lm_batches(), config, show_progress_bar=False)
-    with pytest.raises(RuntimeError, match="passes no gradient on to its input"):
+    with pytest.raises(RuntimeError, match="passes no gradient to its input"):
         run_own_loop(get_peft_model(load(folder, torchao("Int8DynamicActivationInt8WeightConfig")), config))
 
 

@@ -65,7 +65,7 @@ def test_help_and_version(capsys):
         ("missing.gguf", "no such file or folder"),
         ("empty", "is not a model: the folder has no config.json"),
         ("adapter", "is an adapter, not a model"),
-        ("quantised", "give the GGUF file itself"),
+        ("quantized", "give the GGUF file itself"),
         ("notes.txt", "is not a model: give a GGUF file"),
         ("broken", "broken cannot be loaded"),
         ("unknown", "unknown cannot be loaded"),
@@ -77,7 +77,7 @@ def test_not_a_model(data, tmp_path, capsys, name, message):
     for folder, file, content in (
         ("empty", None, None),
         ("adapter", "adapter_config.json", "{}"),
-        ("quantised", "a.gguf", "x"),
+        ("quantized", "a.gguf", "x"),
         ("broken", "config.json", "{"),
         ("unknown", "config.json", '{"model_type": "chess_engine"}'),
         (".", "notes.txt", "x"),

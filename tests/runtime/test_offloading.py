@@ -171,7 +171,7 @@ def test_scores_of_offloaded_attention():
 
 
 @pytest.mark.parametrize("final", ["pissa", "olora"])
-def test_an_initialisation_that_changes_offloaded_weights_is_refused(final, tmp_path):
+def test_an_initialization_that_changes_offloaded_weights_is_refused(final, tmp_path):
     model = fim_model(disk_offload(llama(1), tmp_path, execution_device=HOST), final=final)
     before = {name: value.clone() for name, value in adapter_state(model).items()}
     with pytest.raises(ValueError, match=r"'model\.layers\.0\.self_attn\.q_proj' is offloaded: load"):

@@ -1,9 +1,9 @@
-"""Refusals: adapters and models that cannot be calibrated or resized, found before anything is changed."""
+"""Checks that refuse adapters and models which cannot be calibrated or resized, before anything is changed.
 
-from __future__ import annotations
+Each raises `ValueError` with the name of a layer or of a field of the config, and with a fix.
+"""
 
 from collections.abc import Mapping
-from typing import Any, cast
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -26,22 +26,17 @@ NOT_RESIZABLE = {
         "the config that `RankAllocation.from_scores(scores, config).to_lora_config(config)` returns"
     ),
     "use_bdlora": (
-        "the blocks of BD-LoRA have to divide every rank, and PEFT chooses them by a name that a layer no longer "
-        "knows after it is built. Leave it out"
+        "the blocks of BD-LoRA have to divide every rank, and PEFT chooses them by a name that is no longer "
+        "available after a layer is built. Leave it out"
     ),
     "arrow_config": "a router of Arrow mixes other adapters, and its own A and B are never used. Leave it out",
 }
 
 
 def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config: LoraConfig) -> None:
-    """Refuse an adapter that cannot get other ranks.
-
-    Raises:
-        ValueError: If the config asks for a form of LoRA that cannot be resized, or for an initialization that PEFT
-            does not have for a layer; if adapters are merged; or if the adapter's weights are sharded.
-    """
+    """Refuse an adapter whose ranks cannot be changed."""
     require_resizable_form(config)
-    base_layers = {name: cast(Any, layer).get_base_layer() for name, layer in layers.items()}
+    base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
     require_initialization(base_layers, final_initialization(config))
     require_unmerged(model)
     _require_unsharded(model, layers)
@@ -55,25 +50,22 @@ def require_resizable_form(config: LoraConfig, *, except_for: str = "") -> None:
 
 
 def require_initialization(base_layers: Mapping[str, nn.Module], init_lora_weights: bool | str) -> None:
-    """Refuse embeddings, which PEFT would silently initialize with its default; convolutions it refuses itself."""
+    """Refuse embeddings, which PEFT would silently initialize with its default; it refuses convolutions itself."""
     if not isinstance(init_lora_weights, str) or not init_lora_weights.startswith(("pissa", "olora", "orthogonal")):
         return
-    embeddings = [name for name, layer in base_layers.items() if isinstance(layer, nn.Embedding)]
-    if embeddings:
-        raise ValueError(
-            f"PEFT has no init_lora_weights={init_lora_weights!r} for layer {embeddings[0]!r}, an embedding: take it "
-            "out of `target_modules`, or use another initialization."
-        )
+    for name, layer in base_layers.items():
+        if isinstance(layer, nn.Embedding):
+            raise ValueError(
+                f"PEFT has no init_lora_weights={init_lora_weights!r} for layer {name!r}, an embedding: remove it "
+                "from `target_modules`, or use another initialization."
+            )
 
 
 def require_unmerged(model: nn.Module) -> None:
     """Refuse merged adapters.
 
-    A merged layer that gets a new A and B would keep the update by the old ones in its base weight for good. And
-    where adapters are disabled, PEFT takes merged ones out of the base weight, and does not put them back.
-
-    Raises:
-        ValueError: If an adapter is merged. It names the adapters and a layer.
+    A merged layer that gets a new A and B would keep the update by the old ones in its base weight for good. Disabling
+    adapters makes PEFT take merged ones out of the base weight, and enabling them does not put them back.
     """
     merged = {
         name_in_base_model(strip_wrapper_names(name)): module.merged_adapters
@@ -90,31 +82,26 @@ def require_unmerged(model: nn.Module) -> None:
     )
 
 
-def _require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """Refuse sharded adapters, whose parameters no wrapper allows to change their shape."""
-    in_fsdp1 = uses_fsdp1(model)
-    sharded = [
-        name
-        for name, layer in layers.items()
-        if in_fsdp1 or any(any_sharded(own_parts(one)[1].values()) for one in rebuilt_together(layer))
-    ]
-    if not sharded:
-        return
-    raise ValueError(
-        f"The adapter of layer {sharded[0]!r} is sharded, and its rank can no longer change. Call "
-        "`initialize_lora_fim_ranks` before the model is sharded. If the model is too large for that, call "
-        "`get_fim_scores` on the sharded model without adapter, and create the adapter with the config that "
-        "`RankAllocation.from_scores(scores, config).to_lora_config(config)` returns."
-    )
-
-
 def require_weights_at_hand(layers: Mapping[str, LoraLayer], init_lora_weights: bool | str) -> None:
     """Refuse an initialization that changes offloaded base weights, because the change would be lost."""
     if not changes_base_weight(init_lora_weights):
         return
-    offloaded = [name for name, layer in layers.items() if is_offloaded(cast(Any, layer).get_base_layer())]
-    if offloaded:
-        raise ValueError(
-            f"init_lora_weights={init_lora_weights!r} changes the base weight, but that of layer {offloaded[0]!r} is "
-            "offloaded: load the model without offloading, or choose another initialization."
-        )
+    for name, layer in layers.items():
+        if is_offloaded(layer.get_base_layer()):
+            raise ValueError(
+                f"init_lora_weights={init_lora_weights!r} changes the base weight, but that of layer {name!r} is "
+                "offloaded: load the model without offloading, or choose another initialization."
+            )
+
+
+def _require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """Refuse sharded adapters, because a sharded parameter cannot change its shape."""
+    in_fsdp1 = uses_fsdp1(model)
+    for name, layer in layers.items():
+        if in_fsdp1 or any(any_sharded(own_parts(part)[1].values()) for part in rebuilt_together(layer)):
+            raise ValueError(
+                f"The adapter of layer {name!r} is sharded, and its rank can no longer change. Call "
+                "`initialize_lora_fim_ranks` before the model is sharded. If the model is too large for that, call "
+                "`get_fim_scores` on the sharded model without an adapter, and create it with the config that "
+                "`RankAllocation.from_scores(scores, config).to_lora_config(config)` returns."
+            )

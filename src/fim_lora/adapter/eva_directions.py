@@ -1,11 +1,8 @@
 """Directions for A from EVA (Paischer et al. 2024, arXiv:2410.07170), by PEFT's own implementation, at given ranks."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from peft import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict
@@ -17,67 +14,53 @@ from peft.tuners.lora.eva import (
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
-from .lora_layers import BASE_MODEL_PREFIX, name_in_base_model
+from ..fisher.calibration import ForwardFn
+from .lora_layers import name_in_base_model
 from .patterns import write_pattern
 
 
 def require_eva(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-    """Refuse what PEFT's EVA does not support.
-
-    Raises:
-        ValueError: If the model is not a `PeftModel`, or PEFT's EVA fails on a layer.
-    """
+    """Raise `ValueError` if the model is not a `PeftModel`, or PEFT's EVA fails on a layer."""
     if not isinstance(model, PeftModel):
         raise ValueError('init_lora_weights="eva" needs a PeftModel: use `get_peft_model`, or another initialization.')
     for name, layer in layers.items():
         if isinstance(layer, (MultiheadAttention, ParamWrapper)):
             raise ValueError(
-                f"PEFT has no EVA for layer {name!r} ({type(layer).__name__}): take it out, or use another "
-                "init_lora_weights than 'eva'."
+                f"PEFT has no EVA for layer {name!r} ({type(layer).__name__}): remove it from the "
+                "targets, or use another init_lora_weights than 'eva'."
             )
 
 
 def eva_directions(
     model: nn.Module,
-    dataloader: Iterable[Any],
-    config: LoraConfig,
+    layers: Mapping[str, LoraLayer],
     adapter_name: str,
     ranks: Mapping[str, int],
-    forward_fn: Callable[[nn.Module, Any], Any],
+    config: LoraConfig,
+    dataloader: Iterable[Any],
+    forward_fn: ForwardFn,
     show_progress_bar: bool,
 ) -> dict[str, Tensor]:
-    """The first r_i principal directions of the input of every layer.
+    """The first r_i principal directions (r_i × d_in) of the input of every linear layer, the layers EVA supports.
 
-    EVA moves ranks between layers, even with `rho=1`, where layers of different ranks share their input. So it is
-    asked for the largest r_i everywhere, and each layer uses its first r_i directions: they are in the order of the
-    variance that they explain.
+    EVA moves ranks between layers, even with `rho=1`, where layers of different ranks share their input. EVA
+    therefore computes the largest r_i everywhere, and each layer uses its first r_i directions: they are in the order
+    of the variance that they explain.
 
-    Args:
-        model: The model, with its adapters disabled.
-        dataloader: Yields batches, from the start whenever it is iterated; EVA needs its length.
-        config: The adapter's config; its `eva_config` applies, except for `rho`.
-        adapter_name: The adapter.
-        ranks: Layer name to rank r_i.
-        forward_fn: Takes model and batch.
-        show_progress_bar: Whether to show a progress bar.
-
-    Returns:
-        Layer name to directions (r_i × d_in), for the layers that EVA supports: linear layers.
-
-    Raises:
-        TypeError: If the dataloader has no length.
-        ValueError: If PEFT's EVA cannot use the data.
+    The adapters of the model are disabled. The `eva_config` of the config applies, except for `rho`. The dataloader
+    starts again whenever it is iterated. Raises `TypeError` if it has no length, which EVA needs, and `ValueError` if
+    PEFT's EVA cannot use the data.
     """
     most = max(ranks.values())
-    # There are no more directions than inputs.
-    sizes = {name: min(most, _in_features(model, name)) for name in ranks}
+    # A layer has at most as many directions as inputs.
+    sizes = {name: min(most, layers[name].in_features) for name in ranks}
     batches = _DictBatches(dataloader)
     first: Any = next(iter(batches), None)
     is_text = isinstance(first, dict) and isinstance(first.get("input_ids"), Tensor)
     config = copy.copy(config)
     config.r, config.rank_pattern = most, write_pattern(sizes, most)
     config.eva_config = _eva_config(config, first)
-    with _without_leftover_hooks(model):
+    try:
         directions = get_eva_state_dict(
             model,
             batches,
@@ -88,18 +71,14 @@ def eva_directions(
             adapter_name=adapter_name,
             show_progress_bar=show_progress_bar,
         )
+    finally:
+        _remove_hooks(model)
     found = {name_in_base_model(name): value for name, value in directions.items()}
     return {name: found[name][:rank].clone() for name, rank in ranks.items() if name in found and rank > 0}
 
 
-def _in_features(model: nn.Module, name: str) -> int:
-    layer: Any = model.get_submodule(f"{BASE_MODEL_PREFIX}{name}")
-    size: int = layer.in_features
-    return size
-
-
 def _eva_config(config: LoraConfig, batch: Any) -> EvaConfig:
-    """EVA treats tokens without a label as padding, but the label of a class belongs to no token."""
+    """The config for EVA. Its mask treats tokens without a label as padding, so it is off if labels are classes."""
     eva_config = config.eva_config or EvaConfig()
     ids, labels = (batch.get("input_ids"), batch.get("labels")) if isinstance(batch, dict) else (None, None)
     has_mask = isinstance(ids, Tensor) and isinstance(labels, Tensor) and labels.shape == ids.shape
@@ -120,13 +99,9 @@ class _DictBatches:
             yield dict(batch) if isinstance(batch, Mapping) else batch
 
 
-@contextmanager
-def _without_leftover_hooks(model: nn.Module) -> Iterator[None]:
-    """PEFT leaves its hooks on the model when the model raises."""
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            for key, hook in list(module._forward_hooks.items()):
-                if isinstance(hook, _Hook):
-                    del module._forward_hooks[key]
+def _remove_hooks(model: nn.Module) -> None:
+    """Remove EVA's hooks, which PEFT leaves on the model when the model raises."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, _Hook):
+                del module._forward_hooks[key]

@@ -1,18 +1,16 @@
-"""Teaches PEFT `init_lora_weights="fim"`.
+"""Installation of `init_lora_weights="fim"` into PEFT.
 
-`install` gives `LoraConfig` the field `fim_config`, and lets `LoraModel` watch the backward passes of an adapter that
-awaits its ranks. Other methods see no difference.
+`install` gives `LoraConfig` the field `fim_config`, and makes `LoraModel` watch the backward passes of an adapter that
+awaits its ranks. PEFT's other methods behave as before.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import peft
 from peft import LoraConfig
@@ -33,17 +31,12 @@ _MODULE = "peft.tuners.lora.fim"
 
 
 def install(public: Mapping[str, Any]) -> None:
-    """Teach PEFT `"fim"`. Calling it again changes nothing.
+    """Install `"fim"`, and make the names in `public` importable from `peft`, `peft.tuners.lora` and its module `fim`.
 
-    Args:
-        public: Names that become importable from `peft`, `peft.tuners.lora` and `peft.tuners.lora.fim`.
-
-    Raises:
-        ImportError: If PEFT has its own `fim` initialization; nothing is changed then.
+    Calling it again changes nothing. Raises `ImportError`, with nothing changed, if PEFT has its own `fim`.
     """
     fields = LoraConfig.__dataclass_fields__
-    is_installed = "fim_config" in fields and fields["fim_config"].metadata.get("provider") == "fim_lora"
-    if is_installed:
+    if "fim_config" in fields and fields["fim_config"].metadata.get("provider") == "fim_lora":
         return
     if "fim_config" in fields or _MODULE in sys.modules or importlib.util.find_spec(_MODULE) is not None:
         raise ImportError(
@@ -67,21 +60,7 @@ def _extend_lora_config() -> None:
     The class must stay the same object, because it may have been imported already. So a derived dataclass is made,
     and the methods that Python generated for it are moved over.
     """
-    extended = dataclasses.make_dataclass(
-        "LoraConfig", [("fim_config", "FimConfig | None", _fim_config_field())], bases=(LoraConfig,)
-    )
-    LoraConfig.__init__ = extended.__init__  # type: ignore[misc]
-    LoraConfig.__eq__ = extended.__eq__
-    LoraConfig.__repr__ = _wrap_repr(LoraConfig.__repr__)
-    LoraConfig.__post_init__ = _wrap_post_init(LoraConfig.__post_init__)
-    LoraConfig.to_dict = _wrap_to_dict(LoraConfig.to_dict)
-    LoraConfig.__dataclass_fields__ = extended.__dataclass_fields__  # type: ignore[attr-defined]
-    LoraConfig.__annotations__["fim_config"] = "FimConfig | None"
-    LoraConfig.fim_config = None
-
-
-def _fim_config_field() -> Any:
-    return dataclasses.field(
+    field: Any = dataclasses.field(
         default=None,
         kw_only=True,
         metadata={
@@ -92,6 +71,17 @@ def _fim_config_field() -> Any:
             "provider": "fim_lora",
         },
     )
+    extended = dataclasses.make_dataclass(
+        "LoraConfig", [("fim_config", "FimConfig | None", field)], bases=(LoraConfig,)
+    )
+    LoraConfig.__init__ = extended.__init__  # type: ignore[misc]
+    LoraConfig.__eq__ = extended.__eq__
+    LoraConfig.__repr__ = _wrap_repr(LoraConfig.__repr__)
+    LoraConfig.__post_init__ = _wrap_post_init(LoraConfig.__post_init__)
+    LoraConfig.to_dict = _wrap_to_dict(LoraConfig.to_dict)
+    LoraConfig.__dataclass_fields__ = extended.__dataclass_fields__  # type: ignore[attr-defined]
+    LoraConfig.__annotations__["fim_config"] = "FimConfig | None"
+    LoraConfig.fim_config = None
 
 
 def _wrap_repr(plain_repr: Callable[[LoraConfig], str]) -> Callable[[LoraConfig], str]:
@@ -117,8 +107,7 @@ def _wrap_post_init(plain_post_init: Callable[[LoraConfig], None]) -> Callable[[
             plain_post_init(self)
         if self.fim_config is not None and not awaits_ranks(self):
             warnings.warn(
-                "`fim_config` specified but will be ignored when `init_lora_weights` is not 'fim'.",
-                stacklevel=3,
+                "`fim_config` specified but will be ignored when `init_lora_weights` is not 'fim'.", stacklevel=3
             )
 
     return __post_init__
@@ -126,26 +115,24 @@ def _wrap_post_init(plain_post_init: Callable[[LoraConfig], None]) -> Callable[[
 
 def _wrap_to_dict(plain_to_dict: Callable[[LoraConfig], dict[str, Any]]) -> Callable[[LoraConfig], dict[str, Any]]:
     def to_dict(self: LoraConfig) -> dict[str, Any]:
-        # An adapter without its ranks is plain LoRA.
+        # An adapter that still awaits its ranks is saved as plain LoRA.
         with with_init(self, True):
             content = plain_to_dict(self)
         content.pop("fim_config", None)
         if awaits_ranks(self):
-            content["eva_config"] = None  # PEFT would warn of it whenever the config is read
+            content["eva_config"] = None  # PEFT would warn about it whenever the config is read
         return content
 
     return to_dict
 
 
 def _wrap_inject_adapter(inject_adapter: Callable[..., None]) -> Callable[..., None]:
-    def watching_inject_adapter(
-        self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def inject_and_watch(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         if not awaits_ranks(config):
             inject_adapter(self, model, adapter_name, *args, **kwargs)
             return
-        # Before anything is changed: what cannot be resized, and a layer without a defined eFIM, raise here.
+        # Layers that cannot be resized, and layers without a defined eFIM, raise here, before anything is changed.
         require_resizable_form(config)
         _, converted = convert_targets(model, config)
         with with_init(config, True):
@@ -153,13 +140,13 @@ def _wrap_inject_adapter(inject_adapter: Callable[..., None]) -> Callable[..., N
             _put_on_devices(model, adapter_name, config)
         watch(self, model, adapter_name, config, converted)
 
-    watching_inject_adapter.__doc__ = inject_adapter.__doc__
-    return watching_inject_adapter
+    inject_and_watch.__doc__ = inject_adapter.__doc__
+    return inject_and_watch
 
 
 def _put_on_devices(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
     """Rebuild the adapters of offloaded layers, which PEFT puts on the meta device, without values."""
-    for layer in cast(Iterable[Any], adapter_layers(model, adapter_name).values()):
+    for layer in adapter_layers(model, adapter_name).values():
         if not is_offloaded(layer.get_base_layer()):
             continue
         states = layer_states(layer, adapter_name, True)

@@ -1,30 +1,17 @@
 """The LoRA layers of an adapter, by the names that PEFT matches with the keys of `rank_pattern`."""
 
-from __future__ import annotations
-
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
 from ..runtime.wrappers import strip_wrapper_names
 
-BASE_MODEL_PREFIX = "base_model.model."
-"""What `PeftModel` puts before the names of the base model."""
-
-
-def name_in_base_model(name: str) -> str:
-    """A layer's name without the prefix that `PeftModel` adds."""
-    return name.removeprefix(BASE_MODEL_PREFIX)
-
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Name, as in the base model, to LoRA layer of an adapter; `model` is a `PeftModel` or has injected adapters.
 
     A parameter is named by its module and its own name. The output projection of `nn.MultiheadAttention` has no
-    entry, because PEFT gives it the rank of the whole attention.
-
-    Raises:
-        ValueError: If the model has no LoRA layer of that adapter.
+    entry, because PEFT gives it the rank of the whole attention. Raises `ValueError` if there is no LoRA layer.
     """
     layers = {
         _name_of(name, module): module
@@ -35,13 +22,20 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         if isinstance(layer, MultiheadAttention):
             layers.pop(f"{name}.base_layer.out_proj", None)
     if not layers:
-        raise ValueError(f"The model has no LoRA layer of an adapter {adapter_name!r}.")
+        raise ValueError(
+            f"The model has no LoRA layer of an adapter {adapter_name!r}: check its name and its `target_modules`."
+        )
     return layers
 
 
 def rebuilt_together(layer: LoraLayer) -> list[LoraLayer]:
     """A LoRA layer, and the one that PEFT rebuilds with it: the output projection of an attention."""
     return [layer, layer.base_layer.out_proj] if isinstance(layer, MultiheadAttention) else [layer]
+
+
+def name_in_base_model(name: str) -> str:
+    """A layer's name without the prefix that `PeftModel` adds."""
+    return name.removeprefix("base_model.model.")
 
 
 def _name_of(name: str, layer: LoraLayer) -> str:

@@ -1,10 +1,8 @@
-"""`rank_pattern` and `alpha_pattern`: read and written by PEFT's own matching.
+"""Read and write `rank_pattern` and `alpha_pattern`, by PEFT's own matching.
 
 PEFT matches the keys as regular expressions against the end of a layer's name, at a dot. The first match in the order
 of the dictionary wins.
 """
-
-from __future__ import annotations
 
 import re
 from collections import defaultdict
@@ -13,6 +11,8 @@ from itertools import chain
 from typing import TypeVar
 
 from peft.utils.other import get_pattern_key
+
+from ..fisher.converted_targets import ConvertedTargets
 
 Value = TypeVar("Value", int, float)
 
@@ -31,30 +31,37 @@ def resolver(pattern: Mapping[str, Value] | None, default: Value) -> Callable[[s
 
 
 def write_pattern(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
-    """A pattern that gives every layer its value.
+    """A pattern that gives every target of an adapter its value: an entry for each value that is not the default.
 
-    Args:
-        values: Layer name, as in the base model, to value, for all targets of the adapter.
-        default: The global value, which needs no entry.
-
-    Returns:
-        An entry for each layer whose value is not the default. Keys are the plain names. If a plain name would match
-        another layer too (one name is the end of another), all keys are anchored to the start of the name with `^`.
+    Keys are the plain names, as in the base model. If a plain name would match another layer too (one name is the end
+    of another), all keys are anchored to the start of the name with `^`.
     """
     different = {name: value for name, value in values.items() if value != default}
     plain = {re.escape(name).replace(r"\.", "."): value for name, value in different.items()}
     candidates = _CandidateKeys(plain)
-    unambiguous = all(candidates.of(name) == ([name] if name in plain else []) for name in values)
+    unambiguous = all(candidates.matching(name) == ([name] if name in plain else []) for name in values)
     if unambiguous or resolve_pattern(plain, values, default) == dict(values):
         return plain
     return {f"^{re.escape(name)}": value for name, value in different.items()}
+
+
+def base_values(
+    pattern: Mapping[str, Value] | None, names: Iterable[str], default: Value, converted: ConvertedTargets | None
+) -> dict[str, Value]:
+    """The rank or `lora_alpha` that PEFT would give every layer, from a pattern and the global value of a config."""
+    extended = dict(pattern or {})
+    # The entries that PEFT adds when it converts the targets, after those of the config.
+    for name, number in converted.fused.items() if converted is not None else ():
+        extended.setdefault(f"^{re.escape(name)}", default * number)
+    return resolve_pattern(extended, names, default)
 
 
 class _CandidateKeys:
     """The keys that may match a name.
 
     PEFT's function compiles every key that it is given, and Python caches only a limited number of compiled
-    expressions. A thousand keys for a thousand names would take many seconds, so PEFT is asked only about candidates.
+    expressions. A thousand keys for a thousand names would take many seconds, so PEFT's function gets only these
+    candidates.
     """
 
     # Nothing in these keys has a meaning in a regular expression, except an initial `^` and dots without a backslash.
@@ -77,14 +84,13 @@ class _CandidateKeys:
 
     def first_match(self, name: str) -> str:
         """The key that PEFT uses; where none matches, the name itself, which PEFT looks up like a key."""
-        keys = self.of(name)
+        keys = self.matching(name)
         if len(keys) == 1 and self._texts.get(keys[0]) == name:
-            return keys[0]  # a name matches itself: PEFT need not be asked
-        found: str = get_pattern_key(keys, name)
-        return found
+            return keys[0]  # a name matches itself, without a call of PEFT
+        return get_pattern_key(keys, name)
 
-    def of(self, name: str) -> list[str]:
-        """The candidates for a name, in the order of the pattern."""
+    def matching(self, name: str) -> list[str]:
+        """The keys that may match a name, in the order of the pattern."""
         keys = list(self._expressions)
         for (last_part, length, dots), by_text in self._literal.items():
             if not name.endswith(last_part):

@@ -1,7 +1,5 @@
 """The config of an adapter that awaits its ranks, `init_lora_weights="fim"`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -26,21 +24,8 @@ def final_initialization(config: LoraConfig) -> bool | str:
 
 
 @contextmanager
-def with_init(config: LoraConfig, init_lora_weights: bool | str) -> Iterator[None]:
-    """Show PEFT, and readers of a saved config, an initialization that they know."""
-    if not awaits_ranks(config):
-        yield
-        return
-    config.init_lora_weights = init_lora_weights
-    try:
-        yield
-    finally:
-        config.init_lora_weights = "fim"
-
-
-@contextmanager
 def with_final_init(config: LoraConfig) -> Iterator[None]:
-    """Show PEFT the final initialization, so that PEFT validates it now."""
+    """Put the final initialization into the config inside the block, so that PEFT validates it now."""
     if not awaits_ranks(config):
         yield
         return
@@ -56,12 +41,21 @@ def with_final_init(config: LoraConfig) -> Iterator[None]:
             config.eva_config = None
 
 
-def awaiting_config(model: nn.Module, adapter_name: str) -> LoraConfig:
-    """The config, which belongs to the model, of an adapter that awaits its ranks.
+@contextmanager
+def with_init(config: LoraConfig, init_lora_weights: bool | str) -> Iterator[None]:
+    """Replace `"fim"` inside the block by an initialization that stock PEFT knows."""
+    if not awaits_ranks(config):
+        yield
+        return
+    config.init_lora_weights = init_lora_weights
+    try:
+        yield
+    finally:
+        config.init_lora_weights = "fim"
 
-    Raises:
-        ValueError: If there is no such adapter, or it does not await its ranks.
-    """
+
+def awaiting_config(model: nn.Module, adapter_name: str) -> LoraConfig:
+    """The config of an adapter of a model; raises `ValueError` if there is none, or it does not await its ranks."""
     config = lora_config_of(model, adapter_name)
     if not awaits_ranks(config):
         raise ValueError(
@@ -73,7 +67,7 @@ def awaiting_config(model: nn.Module, adapter_name: str) -> LoraConfig:
 
 
 def require_own_config(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
-    """Refuse a config object that another adapter holds, too: it would claim ranks that it does not have."""
+    """Refuse a config object that another adapter shares: it would state wrong ranks for the other adapter."""
     for name, other in cast(Any, model).peft_config.items():
         if other is config and name != adapter_name:
             raise ValueError(
@@ -84,16 +78,12 @@ def require_own_config(model: nn.Module, adapter_name: str, config: LoraConfig) 
 
 
 def lora_config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
-    """The LoRA config of an adapter.
-
-    Raises:
-        ValueError: If the model is wrapped, has no adapters, or not this one, or it is not a LoRA adapter.
-    """
+    """The LoRA config of an adapter; raises `ValueError` if the model is wrapped or has no such LoRA adapter."""
     configs = getattr(model, "peft_config", None)
     if configs is None and unwrap_engine(model) is not model:
         raise ValueError(
-            f"The model is wrapped in {type(model).__name__}, which would go on with the current parameters: "
-            "pass `model.module` (Accelerate: `accelerator.unwrap_model(model)`), and wrap it again afterwards."
+            f"The model is wrapped in {type(model).__name__}, which keeps using the current parameters: "
+            "pass `model.module` (Accelerate: `accelerator.unwrap_model(model)`), and wrap it again afterward."
         )
     if configs is None:
         raise ValueError("The model has no adapter: call `get_peft_model(model, config)` first.")
@@ -102,4 +92,4 @@ def lora_config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     config = configs[adapter_name]
     if not isinstance(config, LoraConfig):
         raise ValueError(f"Adapter {adapter_name!r} is a {type(config).__name__} adapter, not a LoRA adapter.")
-    return cast(LoraConfig, config)
+    return config

@@ -1,6 +1,4 @@
-"""Layers of rank 0: the adapter is taken off them."""
-
-from __future__ import annotations
+"""Removal of an adapter from the layers that got rank 0."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -21,9 +19,8 @@ def require_removable(
 ) -> None:
     """Refuse a removal after which PEFT could not load the rest of the adapter.
 
-    Raises:
-        ValueError: If another adapter shares a parameter's wrapper, or the targets of `config` match other layers
-            than `kept`.
+    Raises `ValueError` if another adapter shares a parameter's wrapper, or the targets of `config` match other layers
+    than `kept`.
     """
     for name, layer in removed.items():
         others = sorted(set(layer.r) - {adapter_name})
@@ -40,13 +37,9 @@ def require_removable(
 
 
 def remove_adapter(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str, bias: str) -> None:
-    """Take an adapter off some layers; a LoRA layer without another adapter is replaced by its base layer.
+    """Remove an adapter from some layers; a LoRA layer without another adapter is replaced by its base layer.
 
-    Args:
-        model: The model.
-        layers: Name, as in the base model, to the LoRA layers that lose the adapter.
-        adapter_name: The adapter.
-        bias: `bias` of its config; with `"lora_only"` the bias of a layer is trained with its adapter.
+    `bias` is that of the adapter's config: with `"lora_only"` the bias of a layer is trained with its adapter.
     """
     parents = _parents(model)
     for layer in layers.values():
@@ -64,13 +57,14 @@ def _parents(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
 
 
 def _remove(parents: dict[nn.Module, tuple[nn.Module, str]], layer: Any, adapter_name: str, bias: str) -> None:
-    for one in rebuilt_together(layer):
-        for name, parameter in one.named_parameters():
+    parts = rebuilt_together(layer)
+    for part in parts:
+        for name, parameter in part.named_parameters():
             if "lora_" in name:
                 parameter.grad = None
     if set(layer.r) - {adapter_name}:
-        for one in rebuilt_together(layer):
-            _delete_adapter(one, adapter_name)
+        for part in parts:
+            _delete_adapter(part, adapter_name)
         return
     parent, attribute = parents[layer]
     base = _base_of(layer)
@@ -85,12 +79,11 @@ def _base_of(layer: Any) -> nn.Module:
         return layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
     if isinstance(layer, ParamWrapper):
         return layer.base_layer  # another wrapper, if several parameters of the module are adapted
-    base: nn.Module = layer.get_base_layer()
-    return base
+    return layer.get_base_layer()
 
 
 def _delete_adapter(layer: Any, adapter_name: str) -> None:
-    """Delete an adapter of a layer, without PEFT's activation of another one."""
+    """Delete an adapter of a layer, and undo PEFT's activation of another one."""
     active = list(layer.active_adapters)
     with requires_grad_restored(list(layer.parameters())):
         with warnings.catch_warnings():

@@ -1,14 +1,12 @@
 """New ranks for a LoRA adapter, by PEFT's own layer code."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -17,8 +15,9 @@ from torch import Tensor, nn
 from ..runtime.distributed import gather_from_all, shared_random_numbers
 from ..runtime.offloading import onloaded
 from .checks import require_weights_at_hand
-from .layer_state import LayerState, layer_states
+from .layer_state import layer_states
 from .lora_layers import rebuilt_together
+from .pending_config import lora_config_of
 from .removal import remove_adapter, require_removable
 
 
@@ -46,18 +45,9 @@ def resize_adapter(
 ) -> None:
     """Give every LoRA layer of an adapter its rank and new weights; then adopt the new config.
 
-    All layers are rebuilt before anything is made final, so a failure on the way leaves no trace. A layer of rank 0
-    loses the adapter.
-
-    Args:
-        model: The model.
-        layers: Name to LoRA layer of the adapter.
-        adapter_name: The adapter.
-        ranks: Layer name to rank.
-        alphas: Layer name to `lora_alpha`.
-        new_config: The adapter's config with the patterns of these ranks.
-        factors: Layer name to given A and B, one `Factors` for each layer that PEFT rebuilds together (two for an
-            attention, otherwise one). Other layers are initialized as `new_config` asks.
+    `factors` has A and B of some layers, one `Factors` for each layer that PEFT rebuilds together: two for an
+    attention, otherwise one. Other layers get the initialization of `new_config`. A layer of rank 0 loses the adapter.
+    All layers are rebuilt before any change is final, so a failure leaves the adapter as it was.
 
     Raises:
         ValueError: If a rank is 0 and PEFT could not load the rest, PEFT refuses the initialization for a layer, or
@@ -70,12 +60,13 @@ def resize_adapter(
     if removed:
         require_removable(model, adapter_name, removed, kept, new_config)
     require_weights_at_hand(kept, new_config.init_lora_weights)
-    before = {name: layer_states(layer, adapter_name, new_config.init_lora_weights) for name, layer in kept.items()}
+    states = {name: layer_states(layer, adapter_name, new_config.init_lora_weights) for name, layer in kept.items()}
+    all_states = [state for states_of_layer in states.values() for state in states_of_layer]
 
     def rebuild() -> None:
         for name, layer in kept.items():
             resize_layer(layer, adapter_name, ranks[name], alphas[name], new_config, (factors or {}).get(name, ()))
-            for state in before[name]:
+            for state in states[name]:
                 state.carry_over()
                 _verify(name, state.layer, adapter_name, ranks[name], alphas[name], new_config)
 
@@ -83,23 +74,23 @@ def resize_adapter(
         with shared_random_numbers(*model.parameters()):
             gather_from_all(rebuild)
     except BaseException:
-        _each_state(before, LayerState.restore)
+        for state in all_states:
+            state.restore()
         raise
-    _each_state(before, LayerState.keep_parameters)
+    for state in all_states:
+        state.keep_parameters()
     if removed:
         remove_adapter(model, removed, adapter_name, new_config.bias)
     # In place, because the model and its tuner share the object.
-    config = cast(Any, model).peft_config[adapter_name]
-    config.__dict__.update(new_config.__dict__)
+    lora_config_of(model, adapter_name).__dict__.update(new_config.__dict__)
 
 
 def resize_layer(
     layer: Any, adapter_name: str, rank: int, alpha: float, config: LoraConfig, factors: Sequence[Factors] = ()
 ) -> None:
-    """Rebuild the adapter of one LoRA layer at a rank, with given factors or initialized as `config` asks.
+    """Rebuild the adapter of one LoRA layer at a rank, with these factors or with the initialization of `config`.
 
-    Raises:
-        ValueError: If the factors do not have the shapes of PEFT's weights at this rank.
+    Raises `ValueError` if the factors do not have the shapes of PEFT's weights at this rank.
     """
     if factors:
         config = copy.copy(config)
@@ -109,10 +100,26 @@ def resize_layer(
     with onloaded(layer.get_base_layer()):
         layer.update_layer(adapter_name, rank, lora_alpha=alpha, **_update_arguments(layer, config))
     if factors:
-        for one, given in zip(rebuilt_together(layer), factors, strict=True):
-            _write_factor(one, "A", adapter_name, given.a)
+        for part, given in zip(rebuilt_together(layer), factors, strict=True):
+            _write_factor(part, "A", adapter_name, given.a)
             if given.b is not None:
-                _write_factor(one, "B", adapter_name, given.b)
+                _write_factor(part, "B", adapter_name, given.b)
+
+
+def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:
+    """`update_layer` takes the config from PEFT 0.19 on, and before that those of its fields that it needs."""
+    functions = (vars(owner)["update_layer"] for owner in type(layer).__mro__ if "update_layer" in vars(owner))
+    # `update_layer` of nn.MultiheadAttention only passes on its arguments.
+    parameters = next(parameters for parameters in map(_parameter_names, functions) if "r" in parameters)
+    if "config" in parameters:
+        return {"config": config}
+    own = ("self", "adapter_name", "r", "lora_alpha", "kwargs")
+    return {name: getattr(config, name) for name in parameters if name not in own and hasattr(config, name)}
+
+
+@functools.cache
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _write_factor(layer: Any, letter: str, adapter_name: str, value: Tensor) -> None:
@@ -126,42 +133,18 @@ def _write_factor(layer: Any, letter: str, adapter_name: str, value: Tensor) -> 
     weight.data = value.detach().to(device=weight.device, dtype=weight.dtype, copy=True).contiguous()
 
 
-def _each_state(states: Mapping[str, Sequence[LayerState]], function: Callable[[LayerState], None]) -> None:
-    for of_layer in states.values():
-        for state in of_layer:
-            function(state)
-
-
-def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:
-    """`update_layer` takes the config from PEFT 0.19 on, and before that those of its fields that it needs."""
-    signatures = (
-        _parameter_names(owner.__dict__["update_layer"])
-        for owner in type(layer).__mro__
-        if "update_layer" in owner.__dict__
-    )
-    # `update_layer` of nn.MultiheadAttention only passes on its arguments.
-    parameters = next(parameters for parameters in signatures if "r" in parameters)
-    if "config" in parameters:
-        return {"config": config}
-    own = ("self", "adapter_name", "r", "lora_alpha", "kwargs")
-    return {name: getattr(config, name) for name in parameters if name not in own and hasattr(config, name)}
-
-
-@functools.cache
-def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
-
-
 def _verify(name: str, layer: LoraLayer, adapter_name: str, rank: int, alpha: float, config: LoraConfig) -> None:
     scaling = alpha / (rank**0.5 if config.use_rslora else rank)
     found = (layer.r[adapter_name], layer.scaling[adapter_name])
     if found[0] != rank or not math.isclose(found[1], scaling, rel_tol=1e-5):
         raise RuntimeError(
-            f"PEFT built layer {name!r} with rank {found[0]} and scaling {found[1]}, not {rank} and {scaling}."
+            f"PEFT built layer {name!r} with rank {found[0]} and scaling {found[1]}, not {rank} and {scaling}. Please "
+            "report this together with the config."
         )
     for factor in (factors[adapter_name] for factors in (layer.lora_A, layer.lora_B) if adapter_name in factors):
         if isinstance(factor, nn.Linear) and factor.weight.shape != (factor.out_features, factor.in_features):
             raise RuntimeError(
                 f"PEFT gave layer {name!r} weights of a wrong shape: it does not support "
-                f"init_lora_weights={config.init_lora_weights!r} for {type(layer.get_base_layer()).__name__}."
+                f"init_lora_weights={config.init_lora_weights!r} for {type(layer.get_base_layer()).__name__}. "
+                "Use another initialization."
             )

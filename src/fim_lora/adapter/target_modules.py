@@ -1,10 +1,8 @@
-"""`target_modules` and `target_parameters`: narrowed to the layers that keep an adapter.
+"""Narrow `target_modules` and `target_parameters` to the layers that keep an adapter.
 
 An entry of a list of targets matches a name that equals it, or ends with it at a dot. A string of targets is a regular
 expression for the whole name.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
@@ -16,16 +14,11 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 def write_targets(config: LoraConfig, kept: Sequence[str], removed: Sequence[str]) -> None:
     """Narrow the targets of a config, in place, to exactly the layers that keep an adapter.
 
-    Names that `target_parameters` of the config matches go there, all others to `target_modules`. The latter becomes
-    a list of full names, or a regular expression where a list would match more.
+    The previous targets match `kept` and `removed` together: names, as in the base model, of layers and parameters.
+    Names that `target_parameters` matches go there, all others to `target_modules`. The latter becomes a list of full
+    names, or a regular expression where a list would match more.
 
-    Args:
-        config: The config; its targets match `kept` and `removed` together.
-        kept: Names, as in the base model, of the layers and parameters that keep an adapter.
-        removed: Names of those that lose it.
-
-    Raises:
-        ValueError: If nothing is kept, or a kept parameter cannot be distinguished from a removed one.
+    Raises `ValueError` if nothing is kept, or a kept parameter cannot be distinguished from a removed one.
     """
     if not kept:
         raise ValueError("No layer keeps an adapter: raise r_min, or train without LoRA.")
@@ -41,7 +34,7 @@ def write_targets(config: LoraConfig, kept: Sequence[str], removed: Sequence[str
     if removed_modules:
         modules = [name for name in kept if not _matches(entries, name)]
         config.target_modules = _module_targets(config, modules, removed_modules)
-        # The new targets include their effect, and PEFT accepts none of them beside a regular expression.
+        # The new targets include their effect, and PEFT accepts neither of them together with a regular expression.
         config.layers_to_transform = config.layers_pattern = None
 
 

@@ -1,12 +1,9 @@
 """The layers that PEFT would adapt in a plain model, found by PEFT's own injection into a skeleton of the model."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
@@ -19,9 +16,10 @@ from ..fisher.layers.registry import TargetLayer, target_layer
 from ..runtime.flags import requires_grad_restored
 from ..runtime.wrappers import unwrap, uses_fsdp1
 from .checks import require_initialization, require_resizable_form
-from .converted_targets import compare_targets
 from .lora_layers import adapter_layers
+from .patterns import resolve_pattern
 from .pending_config import awaits_ranks, final_initialization
+from .target_modules import is_expression
 
 _FLATTENED = (
     "FullyShardedDataParallel flattens the parameters, so PEFT cannot see their names and shapes: use FSDP2 "
@@ -30,23 +28,15 @@ _FLATTENED = (
 
 
 def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLayer]:
-    """Name, as in the base model, to the layers that PEFT would adapt; see `convert_targets`."""
+    """The layers of `convert_targets`."""
     return convert_targets(model, config)[0]
 
 
 def convert_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, TargetLayer], ConvertedTargets | None]:
-    """The layers that PEFT would adapt, and what it would make of the targets in the config.
+    """The layers that PEFT would adapt, by name in the base model, and the config's targets if PEFT converts them.
 
-    The skeleton shares every tensor with the model and has modules of its own; the adapters in it are on the meta
-    device. Nothing in model and config changes.
-
-    Args:
-        model: The model. Its existing adapters are ignored.
-        config: The LoRA config.
-
-    Returns:
-        Name, as in the base model, to the layer in the model; and the targets that the config would have then, if
-        PEFT converts them for this model.
+    PEFT adapts a skeleton, which shares every tensor with the model and has its own modules; the adapters in it are on
+    the meta device. Nothing in model and config changes. Existing adapters of the model are ignored.
 
     Raises:
         TypeError: If a layer's class is not supported.
@@ -58,7 +48,7 @@ def convert_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Tar
     is_flattened = uses_fsdp1(model)
     model = unwrap(model)
     if isinstance(model, PeftModel):
-        model = model.get_base_model()  # whose whole names a regular expression must match
+        model = model.get_base_model()  # a regular expression in the targets must match the whole names in it
     if awaits_ranks(config):
         require_resizable_form(config, except_for="kasa_config")
     injected = _injectable(config)
@@ -68,14 +58,15 @@ def convert_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Tar
     _require_untied(injected)
     originals = {id(clone): original for original, clone in clones.values()}
     targets = {name: target_layer(name, layer) for name, layer in adapter_layers(skeleton, "default").items()}
-    init_lora_weights = final_initialization(config) if awaits_ranks(config) else True
-    require_initialization({name: target.module for name, target in targets.items()}, init_lora_weights)
+    if awaits_ranks(config):
+        base_layers = {name: target.module for name, target in targets.items()}
+        require_initialization(base_layers, final_initialization(config))
     if is_flattened:
         _require_parameters(config, targets)
     targets = {
         name: dataclasses.replace(target, module=originals[id(target.module)]) for name, target in targets.items()
     }
-    return targets, compare_targets(config, injected, targets)
+    return targets, _conversion(config, injected, targets)
 
 
 def _injectable(config: LoraConfig) -> LoraConfig:
@@ -99,8 +90,7 @@ def _inject(skeleton: nn.Module, config: LoraConfig, model: nn.Module, is_flatte
 
 
 def _require_untied(config: LoraConfig) -> None:
-    tied: Any = getattr(config, "target_modules_to_tie", None)
-    if tied:
+    if tied := getattr(config, "target_modules_to_tie", None):
         raise ValueError(
             f"With ensure_weight_tying=True PEFT makes one adapter of {sorted(tied)} and the input embedding, "
             "which share one adapter and therefore one rank: set it to False, or target one of them."
@@ -134,3 +124,20 @@ def _skeleton(module: nn.Module, clones: dict[int, tuple[nn.Module, nn.Module]])
             name: None if child is None else _skeleton(child, clones) for name, child in module._modules.items()
         }
     return clones[id(module)][1]
+
+
+def _conversion(before: LoraConfig, after: LoraConfig, names: Iterable[str]) -> ConvertedTargets | None:
+    """What PEFT converted in a config when it adapted the layers `names`.
+
+    The result is `None` if nothing was converted, and PEFT has at most filled in names of modules.
+    """
+    # Configs written by older versions of PEFT do not have `target_parameters`.
+    old, new = (frozenset(getattr(config, "target_parameters", None) or ()) for config in (before, after))
+    resolved = is_expression(before.target_modules) and not isinstance(after.target_modules, str)
+    if old == new and not resolved:
+        return None
+    own = before.rank_pattern or {}
+    added = {key: rank for key, rank in (after.rank_pattern or {}).items() if key not in own}
+    ranks = resolve_pattern(added, names, before.r)
+    fused = {name: rank // before.r for name, rank in ranks.items() if rank != before.r}
+    return ConvertedTargets(frozenset(after.target_modules or ()), new, fused)

@@ -1,7 +1,5 @@
 """The commands and their options."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +18,9 @@ from .allocate import AllocateOptions, allocate
 from .data import ROLES
 from .errors import EXIT_INTERRUPTED, report, warnings_as_lines
 from .export import export_folder
-from .models import DTYPES, TASKS, Task
+from .models import DTYPES, PEFT_TASK_TYPES, TASKS, Task
 from .output import RANK_MAP, read_allocation, require_writable_file
-from .summary import make_console, print_summary
+from .summary import print_summary
 
 _REGEX_CHARACTERS = frozenset(r"\^$*+?{}[]()|")
 _COLUMN_HELP = f"Column of the {', '.join(ROLES[:-1])} or {ROLES[-1]}, if it has another name; repeatable."
@@ -132,15 +130,20 @@ def _allocate(
     _require_choice("--budget", budget, BUDGETS)
     _require_choice("--task", task, TASKS)
     _require_choice("--dtype", dtype, DTYPES)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha or r,
+        target_modules=_target_modules(target_modules),
+        task_type=PEFT_TASK_TYPES[task],
+        init_lora_weights="fim",
+        fim_config=_fim_config(r, batches, r_min, r_max, budget, score_exponent, exact),
+    )
     options = AllocateOptions(
         model=model,
         data=data,
         output=output,
         overwrite=overwrite,
-        r=r,
-        lora_alpha=r if lora_alpha is None else lora_alpha,
-        target_modules=_target_modules(target_modules),
-        fim_config=_fim_config(r, batches, r_min, r_max, budget, score_exponent, exact),
+        lora_config=config,
         batch_size=batch_size,
         max_length=max_length,
         task=cast(Task, task),
@@ -152,14 +155,14 @@ def _allocate(
         seed=seed,
         serving=serving,
     )
-    allocate(options, make_console())
+    allocate(options)
 
 
 @app.command("show")
 def _show(folder: _Folder) -> None:
     """Print the ranks of an allocation, and draw its rank map again."""
     allocation = read_allocation(folder)
-    print_summary(make_console(), allocation, {})
+    print_summary(allocation, {})
     with staged_files(folder) as stage:
         draw_rank_map(allocation, stage / RANK_MAP)
 
@@ -222,8 +225,7 @@ def _target_modules(text: str | None) -> list[str] | str | None:
         try:
             re.compile(text)
         except re.error as error:
-            message = f"{text!r} is not a valid regular expression: {error}."
-            raise _wrong_usage("--target-modules", message) from error
+            raise _wrong_usage("--target-modules", f"{text!r} is not a valid regular expression: {error}.") from error
         return text
     names = [name.strip() for name in text.split(",")]
     if not all(names):

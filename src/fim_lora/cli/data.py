@@ -1,12 +1,10 @@
 """The calibration data: a file or a dataset on the Hub, and the role of each column."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset
@@ -33,7 +31,6 @@ _READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {"sample_by": "document"}),
 }
-_STREAM_SUFFIX = ".txt"
 
 # Longer column names are shortened in messages: without a header, the first line of a file becomes the names.
 _MAX_COLUMN_LENGTH = 40
@@ -49,15 +46,10 @@ class Row:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The rows from which examples are drawn.
+    """The rows from which examples are drawn; with `is_stream`, they are one running text, not one example each.
 
-    Attributes:
-        name: As given on the command line.
-        columns: Role to column name.
-        is_stream: Whether the rows are one running text, not one example each.
-        labels: Label values of `"seq-cls"`, in the order of their ids.
-        label_names: Label names, in the same order.
-        sha256: Hash of the data file; `None` for a dataset on the Hub.
+    `columns` maps roles to column names. `labels` and `label_names` are those of `"seq-cls"`, in the order of their
+    ids. `sha256` is the hash of the data file, and `None` for a dataset on the Hub.
     """
 
     name: str
@@ -65,8 +57,8 @@ class CalibrationData:
     rows: Dataset
     columns: Mapping[str, str]
     is_stream: bool = False
-    labels: Sequence[str | int] = field(default=())
-    label_names: Sequence[str] = field(default=())
+    labels: Sequence[str | int] = ()
+    label_names: Sequence[str] = ()
     sha256: str | None = None
 
     def draw(self, count: int, seed: int) -> list[Row]:
@@ -91,51 +83,34 @@ class CalibrationData:
         return Row(f"row {number + 1} of {self.name}", by_role)
 
 
-def require_data(name: str) -> None:
-    """Reject a file of an unknown type or a path that does not exist, without reading the data."""
-    path = Path(name)
-    if path.is_dir():
-        return
-    if path.is_file():
-        if path.suffix.lower() not in _READERS:
-            raise CommandError(f"{name}: unknown type of data file. Convert it to one of {', '.join(_READERS)}.")
-    elif looks_like_path(name) or path.suffix.lower() in _READERS:
-        raise CommandError(f"{name}: no such file. Give the path of a data file, or the name of a dataset on the Hub.")
-
-
 def load_data(
     name: str, split: str, subset: str | None, task: Task, column_names: Mapping[str, str]
 ) -> CalibrationData:
     """Read a file or a dataset on the Hub, and find the role of its columns; see `AllocateOptions`."""
-    require_data(name)
     rows = _read(name, split, subset)
     if len(rows) == 0:
         raise CommandError(f"{name} has no rows in split {split!r}: give another --split.")
     columns = find_columns(name, rows.column_names, task, column_names)
-    is_file = Path(name).is_file()
-    values, names = _labels(name, rows, columns["label"]) if "label" in columns else ((), ())
+    labels, label_names = _labels(name, rows, columns["label"]) if "label" in columns else ((), ())
+    path = Path(name)
     return CalibrationData(
         name=name,
         split=split,
         rows=rows,
         columns=columns,
-        is_stream=is_file and Path(name).suffix.lower() == _STREAM_SUFFIX,
-        labels=values,
-        label_names=names,
-        sha256=sha256(Path(name)) if is_file else None,
+        is_stream=path.is_file() and path.suffix.lower() == ".txt",
+        labels=labels,
+        label_names=label_names,
+        sha256=sha256(path) if path.is_file() else None,
     )
 
 
 def find_columns(name: str, found: Sequence[str], task: Task, column_names: Mapping[str, str]) -> dict[str, str]:
-    """Role to column name, for the roles that the task needs.
-
-    `column_names` assigns some of the columns `found`; any other role has the column of the same name.
-    """
+    """Role to column name for the task; a role that is not in `column_names` has the column of the same name."""
+    listed = ", ".join(map(_excerpt, found))
     for role, column in column_names.items():
         if column not in found:
-            raise CommandError(
-                f"{name} has no column {column!r} for the role {role!r}: choose one of {_listed(found)}."
-            )
+            raise CommandError(f"{name} has no column {column!r} for the role {role!r}: choose one of {listed}.")
     for roles in _FORMATS[task]:
         columns = {role: column_names.get(role, role) for role in roles}
         if set(column_names) <= set(roles) and set(columns.values()) <= set(found):
@@ -143,26 +118,30 @@ def find_columns(name: str, found: Sequence[str], task: Task, column_names: Mapp
     header = " (from its first line)" if Path(name).suffix.lower() in (".csv", ".tsv") else ""
     needed = ", or ".join(" and ".join(roles) for roles in _FORMATS[task])
     raise CommandError(
-        f"{name} has the columns {_listed(found)}{header}, but --task {task} needs {needed}. Name the columns to use, "
+        f"{name} has the columns {listed}{header}, but --task {task} needs {needed}. Name the columns to use, "
         f"for example: {_column_example(task, found)}"
     )
 
 
 def _read(name: str, split: str, subset: str | None) -> Dataset:
     path = Path(name)
+    suffix = path.suffix.lower()
     if path.is_file():
-        builder, arguments = _READERS[path.suffix.lower()]
+        if suffix not in _READERS:
+            raise CommandError(f"{name}: unknown type of data file. Convert it to one of {', '.join(_READERS)}.")
+        builder, arguments = _READERS[suffix]
         arguments = {"data_files": str(path), **arguments}
+    elif not path.is_dir() and (looks_like_path(name) or suffix in _READERS):
+        raise CommandError(f"{name}: no such file. Give the path of a data file, or the name of a dataset on the Hub.")
     else:
         builder, arguments = name, ({} if subset is None else {"name": subset})
     try:
-        rows = datasets.load_dataset(builder, split=split, **arguments)
+        return datasets.load_dataset(builder, split=split, **arguments)
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise CommandError(f"{name} cannot be read: {cause}") from error
     except (ValueError, FileNotFoundError) as error:
         raise CommandError(f"{name} cannot be loaded: {error}") from error
-    return cast(Dataset, rows)
 
 
 def _labels(name: str, rows: Dataset, column: str) -> tuple[Sequence[str | int], Sequence[str]]:
@@ -171,22 +150,16 @@ def _labels(name: str, rows: Dataset, column: str) -> tuple[Sequence[str | int],
     if isinstance(feature, ClassLabel):
         return range(feature.num_classes), list(feature.names)
     values = rows.unique(column)
-    if None in values:
-        row = list(rows[column]).index(None) + 1
-        raise CommandError(f"Row {row} of {name} has no value in column {column!r}: remove the row.")
+    for missing, description in ((None, "no value"), ("", "an empty label")):
+        if missing in values:
+            row = list(rows[column]).index(missing) + 1
+            raise CommandError(f"Row {row} of {name} has {description} in column {column!r}: remove the row.")
     if not all(isinstance(value, (str, int)) for value in values):
         raise CommandError(f"Column {column!r} of {name} holds {feature.dtype}: labels must be strings or integers.")
-    if "" in values:
-        row = list(rows[column]).index("") + 1
-        raise CommandError(f"Row {row} of {name} has an empty label in column {column!r}: remove the row.")
     if len(values) < 2:
         raise CommandError(f"Column {column!r} of {name} holds one label only: classification needs two or more.")
     labels = sorted(values)
     return labels, [str(label) for label in labels]
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(_excerpt(column) for column in columns)
 
 
 def _excerpt(column: str) -> str:
@@ -194,6 +167,6 @@ def _excerpt(column: str) -> str:
 
 
 def _column_example(task: Task, found: Sequence[str]) -> str:
-    wanted = next((roles for roles in reversed(_FORMATS[task]) if len(roles) >= 2), ("text",))
-    roles = wanted if len(found) >= len(wanted) else ("text",)
+    pair = next(roles for roles in _FORMATS[task] if len(roles) == 2)
+    roles = pair if len(found) >= 2 else ("text",)
     return " ".join(f"--column {role}={_excerpt(column)}" for role, column in zip(roles, found, strict=False))

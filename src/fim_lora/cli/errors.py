@@ -1,22 +1,21 @@
 """Errors and warnings of the command: one line on stderr each, and an exit code."""
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
 
+import datasets
 import torch
+import transformers
 
 DEBUG_VARIABLE = "FIM_LORA_DEBUG"
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
-# Longer messages of libraries list everything that would have been possible.
+# Longer messages come from libraries, and list all valid values.
 _MAX_MESSAGE_LENGTH = 600
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _PACKAGE = Path(__file__).parent.parent
@@ -27,12 +26,14 @@ class CommandError(Exception):
 
 
 def report(error: BaseException) -> int:
-    """Print an error as one line, with `FIM_LORA_DEBUG=1` after its traceback, and return the exit code."""
+    """Print an error as one line, and return the exit code. With `FIM_LORA_DEBUG=1` print its traceback first."""
     if isinstance(error, KeyboardInterrupt):
         print("fim-lora: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     if _is_usage_error(error):
-        print(f"fim-lora: error: {_usage_message(error)}", file=sys.stderr)
+        command = getattr(getattr(error, "ctx", None), "command_path", "fim-lora")
+        message = _shortened(error.format_message())  # type: ignore[attr-defined]
+        print(f"fim-lora: error: {message} (see {command} --help)", file=sys.stderr)
         return EXIT_USAGE
     if os.environ.get(DEBUG_VARIABLE) == "1":
         traceback.print_exception(error, file=sys.stderr)
@@ -49,14 +50,7 @@ def warn(message: str) -> None:
 def warnings_as_lines() -> Iterator[None]:
     """Print warnings of fim_lora as lines, and hide warnings of libraries, which are meant for programmers."""
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
         if Path(filename).is_relative_to(_PACKAGE) and issubclass(category, UserWarning):
             warn(str(message))
 
@@ -66,15 +60,27 @@ def warnings_as_lines() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def quiet_libraries(show_progress_bars: bool) -> Iterator[None]:
+    """Hide log messages of libraries except errors, and their progress bars unless `show_progress_bars`."""
+    transformers_log, datasets_log = transformers.utils.logging, datasets.utils.logging
+    with ExitStack() as restore:
+        restore.callback(transformers_log.set_verbosity, transformers_log.get_verbosity())
+        transformers_log.set_verbosity_error()
+        restore.callback(datasets_log.set_verbosity, datasets_log.get_verbosity())
+        datasets_log.set_verbosity(datasets_log.CRITICAL)
+        if not show_progress_bars and transformers_log.is_progress_bar_enabled():
+            restore.callback(transformers_log.enable_progress_bar)
+            transformers_log.disable_progress_bar()
+        if not show_progress_bars and not datasets.are_progress_bars_disabled():
+            restore.callback(datasets.enable_progress_bars)
+            datasets.disable_progress_bars()
+        yield
+
+
 def _is_usage_error(error: BaseException) -> bool:
     """Whether typer rejected the command line; the base class of its errors depends on its version."""
     return hasattr(error, "format_message") and getattr(error, "exit_code", None) == EXIT_USAGE
-
-
-def _usage_message(error: BaseException) -> str:
-    command = getattr(getattr(error, "ctx", None), "command_path", "fim-lora")
-    message = _shortened(error.format_message())  # type: ignore[attr-defined]
-    return f"{message} (see {command} --help)"
 
 
 def _description(error: BaseException) -> str:
@@ -99,10 +105,8 @@ def _shortened(message: str) -> str:
     """The message in one printable line; if that is too long, only the first nonempty line, cut if necessary."""
     lines = [_printable(" ".join(line.split())) for line in message.splitlines() if line.strip()]
     whole = " ".join(lines)
-    if len(whole) <= _MAX_MESSAGE_LENGTH:
-        return whole
-    first = lines[0]
-    return first if len(first) <= _MAX_MESSAGE_LENGTH else f"{first[:_MAX_MESSAGE_LENGTH]}…"
+    text = whole if len(whole) <= _MAX_MESSAGE_LENGTH else lines[0]
+    return text if len(text) <= _MAX_MESSAGE_LENGTH else f"{text[:_MAX_MESSAGE_LENGTH]}…"
 
 
 def _printable(line: str) -> str:

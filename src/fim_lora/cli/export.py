@@ -1,7 +1,5 @@
 """`fim-lora export`: from the folder of an allocation to a file for another tool."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 
@@ -32,7 +30,7 @@ def _base_config(folder: Path, allocation: RankAllocation) -> LoraConfig:
     # A config for servers has a different r and lora_alpha.
     config.r, config.lora_alpha = allocation.r, allocation.lora_alpha
     serving = (written.r, written.lora_alpha) != (allocation.r, allocation.lora_alpha)
-    # Patterns are compared as text: keys are regular expressions, which may take forever in an untrusted file.
+    # Patterns are compared as text: matching the regular expressions of an untrusted file may never end.
     expected = allocation.to_lora_config(config, serving=serving)
     if any(getattr(written, field) != getattr(expected, field) for field in _RANK_FIELDS):
         raise _mismatch(folder)
@@ -47,13 +45,9 @@ def _read_adapter_config(folder: Path) -> LoraConfig:
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CommandError(
-            f"{path} cannot be read as an adapter config: {error}. Run fim-lora allocate again."
-        ) from error
+        raise CommandError(f"{path} cannot be read: {error}. Run fim-lora allocate again.") from error
     if not isinstance(config, LoraConfig):
-        raise CommandError(
-            f"{path} is not a LoRA config (its type is {type(config).__name__}). Run fim-lora allocate again."
-        )
+        raise CommandError(f"{path} is not a LoRA config but {type(config).__name__}. Run fim-lora allocate again.")
     return config
 
 

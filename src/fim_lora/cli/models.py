@@ -1,7 +1,5 @@
 """The model and its tokenizer: a Hub id, a local folder or a GGUF file, and what is loaded from it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ import torch
 import transformers
 from packaging.version import Version
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -36,13 +33,7 @@ _MAX_NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
-
-    Attributes:
-        name: As given on the command line.
-        location: Hub id or folder.
-        gguf_file: Name of the GGUF file in the folder; `None` for other models.
-    """
+    """Where a model comes from: `name` as given, `location` (Hub id or folder), and the GGUF file in it, if any."""
 
     name: str
     location: str
@@ -72,8 +63,7 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, str(path.parent), path.name)
     if path.is_dir():
         _require_model_folder(name, path)
-        return ModelSource(name, name)
-    if looks_like_path(name) or path.suffix.lower() == ".gguf":
+    elif looks_like_path(name) or path.suffix.lower() == ".gguf":
         raise CommandError(
             f"{name}: no such file or folder. Give the path of a model, or the name of a model on the Hub."
         )
@@ -126,7 +116,9 @@ def load_model(
     # No setting hides the progress bar of the conversion from GGUF.
     with _named_errors(source), nullcontext() if show_progress_bar else redirect_stderr(StringIO()):
         model, loading = model_class.from_pretrained(source.location, output_loading_info=True, **arguments)
-    _warn_of_random_weights(source.name, sorted(loading["missing_keys"]))
+    if missing := sorted(loading["missing_keys"]):
+        shown = ", ".join(missing[:_MAX_NAMES_SHOWN]) + (", …" if len(missing) > _MAX_NAMES_SHOWN else "")
+        warn(f"{source.name} lacks {len(missing)} weights of this task, which start at random values: {shown}.")
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_token_id
     model.config.use_cache = False
@@ -134,10 +126,7 @@ def load_model(
 
 
 def default_target_modules(model: Any) -> set[str] | str:
-    """PEFT's default targets for this architecture.
-
-    They are written into the adapter config, because another version of PEFT may have other defaults.
-    """
+    """PEFT's targets for this architecture, to be saved: another version of PEFT may have other defaults."""
     model_type = model.config.model_type
     targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
     if targets is None:
@@ -148,16 +137,16 @@ def default_target_modules(model: Any) -> set[str] | str:
     return targets if isinstance(targets, str) else set(targets)
 
 
-def require_fitting_tokens(model: Any, longest: int, largest_id: int) -> None:
+def require_fitting_tokens(model: Any, token_ids: Sequence[Sequence[int]]) -> None:
     """Reject sequences or token ids that are too large for the model, before an index is out of range inside it."""
+    longest, largest_id = max(map(len, token_ids)), max(map(max, token_ids))
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < longest:
         raise CommandError(
             f"The longest example has {longest} tokens, but the model has {positions} positions: "
             f"give --max-length {positions}."
         )
-    embeddings: nn.Module = model.get_input_embeddings()
-    vocabulary = getattr(embeddings, "num_embeddings", None)
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if isinstance(vocabulary, int) and largest_id >= vocabulary:
         raise CommandError(
             f"The tokenizer gives token {largest_id}, but the model has embeddings for {vocabulary} tokens: "
@@ -179,14 +168,7 @@ def _require_model_folder(name: str, folder: Path) -> None:
         return
     if (folder / "adapter_config.json").is_file():
         raise CommandError(f"{name} is an adapter, not a model: give the base model.")
-    gguf_files = sorted(path.name for path in folder.glob("*.gguf"))
-    if gguf_files:
-        raise CommandError(f"{name} has no config.json: give the GGUF file itself, such as {folder / gguf_files[0]}.")
+    gguf_file = min(folder.glob("*.gguf"), default=None)
+    if gguf_file is not None:
+        raise CommandError(f"{name} has no config.json: give the GGUF file itself, such as {gguf_file}.")
     raise CommandError(f"{name} is not a model: the folder has no config.json. Give a folder of save_pretrained.")
-
-
-def _warn_of_random_weights(name: str, missing: Sequence[str]) -> None:
-    if not missing:
-        return
-    shown = ", ".join(missing[:_MAX_NAMES_SHOWN]) + (", …" if len(missing) > _MAX_NAMES_SHOWN else "")
-    warn(f"{name} lacks {len(missing)} weights of this task, which start at random values: {shown}.")

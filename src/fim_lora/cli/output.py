@@ -1,7 +1,5 @@
 """Files of the output folder: where they may be written, and how an allocation is read again."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The printed summary of an allocation."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -20,17 +18,13 @@ _NUM_EXTREMES = 5
 _WIDTH_WITHOUT_TERMINAL = 200
 
 
-def make_console() -> Console:
-    """The console for standard output."""
-    return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
-
-
-def print_summary(console: Console, allocation: RankAllocation, facts: Mapping[str, str]) -> None:
+def print_summary(allocation: RankAllocation, facts: dict[str, str]) -> None:
     """Print budget, `facts` (heading to text), ranks, and the least and most sensitive layers."""
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for heading, text in (_facts(allocation) | dict(facts)).items():
+    for heading, text in (_facts(allocation) | facts).items():
         table.add_row(heading, escape(text))
     console.print(table)
     console.print()

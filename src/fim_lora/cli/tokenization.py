@@ -1,8 +1,6 @@
 """Tokenization: from rows to token ids and labels, and from these to padded batches."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -23,21 +21,15 @@ _PIECE_CHARACTERS = 2**20
 
 _MAX_EXCERPT_LENGTH = 80
 
-Feature = dict[str, Any]
-Encoder = Callable[[PreTrainedTokenizerBase, Row, int], "Example"]
-
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized example.
+    """One tokenized example: the inputs of the model, without padding.
 
-    Attributes:
-        feature: Inputs of the model, without padding.
-        truncated: Whether it was longer than the maximum length.
-        prompt_changed: Whether the tokens of the prompt change when the completion follows.
+    `prompt_changed` means that the tokens of the prompt change when the completion follows.
     """
 
-    feature: Feature
+    feature: dict[str, Any]
     truncated: bool = False
     prompt_changed: bool = False
 
@@ -61,14 +53,9 @@ class Examples:
         return sum(example.truncated for example in self.examples)
 
     @property
-    def longest(self) -> int:
-        """Number of tokens of the longest example."""
-        return max(len(example.feature["input_ids"]) for example in self.examples)
-
-    @property
-    def largest_id(self) -> int:
-        """Largest token id."""
-        return max(max(example.feature["input_ids"]) for example in self.examples)
+    def token_ids(self) -> list[list[int]]:
+        """Token ids of each example, without padding."""
+        return [example.feature["input_ids"] for example in self.examples]
 
     def batches(self, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> DataLoader[Any]:
         """Pad the examples into batches, in their order."""
@@ -93,13 +80,16 @@ def tokenize(
 
     Warns of examples without a token to predict, and of prompts whose tokens change when the completion follows.
     """
+    if "messages" in data.columns and tokenizer.chat_template is None:
+        raise CommandError(
+            f"{data.name} has messages, but the tokenizer has no chat template: use the chat version of the "
+            "model, or data with a column of plain text."
+        )
     if data.is_stream:
         examples = _blocks(data, tokenizer, count, max_length, seed, show_progress_bar)
     else:
-        encode = _encoder(data, tokenizer)
-        rows = data.draw(count, seed)
-        progress = tqdm(rows, desc="Tokenizing", unit="example", disable=not show_progress_bar)
-        examples = [encode(tokenizer, row, max_length) for row in progress]
+        rows = tqdm(data.draw(count, seed), desc="Tokenizing", unit="example", disable=not show_progress_bar)
+        examples = [_encode(tokenizer, row, max_length, data.labels) for row in rows]
     if not any(example.has_target for example in examples):
         raise CommandError(
             f"No example of {data.name} has a token to predict within {max_length} tokens: raise --max-length."
@@ -108,23 +98,13 @@ def tokenize(
     return Examples(examples, is_classification="label" in data.columns)
 
 
-def _encoder(data: CalibrationData, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    if "label" in data.columns:
-        ids = {value: index for index, value in enumerate(data.labels)}
-        return lambda tokenizer, row, max_length: _encode_labeled(tokenizer, row, max_length, ids)
-    if "messages" in data.columns:
-        if tokenizer.chat_template is None:
-            raise CommandError(
-                f"{data.name} has messages, but the tokenizer has no chat template: use the chat version of the "
-                "model, or data with a column of plain text."
-            )
-        return _encode_messages
-    if "prompt" in data.columns:
-        return _encode_prompt_and_completion
-    return _encode_text
-
-
-def _encode_text(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
+def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, labels: Sequence[str | int]) -> Example:
+    if "label" in row.values:
+        return _encode_labeled(tokenizer, row, max_length, labels)
+    if "messages" in row.values:
+        return _encode_messages(tokenizer, row, max_length)
+    if "prompt" in row.values:
+        return _encode_prompt_and_completion(tokenizer, row, max_length)
     text = _with_end(tokenizer, _text(row, "text"))
     return _causal_example(tokenizer(text)["input_ids"], max_length)
 
@@ -143,20 +123,22 @@ def _encode_messages(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: i
     try:
         encoded: Any = tokenizer.apply_chat_template(_messages(row), tokenize=True, return_dict=True)
     except (TemplateError, TypeError, ValueError) as error:
-        raise CommandError(f"The chat template cannot render {row.place}: {error}") from error
+        raise CommandError(
+            f"The chat template cannot render {row.place}: {error}. Correct or remove the row."
+        ) from error
     return _causal_example(encoded["input_ids"], max_length)
 
 
 def _encode_labeled(
-    tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, ids: Mapping[str | int, int]
+    tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, labels: Sequence[str | int]
 ) -> Example:
     text, label = _text(row, "text"), row.values["label"]
-    if label not in ids:
+    if label not in labels:
         raise CommandError(f"The label {label!r} of {row.place} is not one of the data's labels: remove the row.")
     # The tokenizer truncates, because it keeps the closing special token of encoders.
     feature = dict(tokenizer(text, truncation=True, max_length=max_length))
     truncated = len(tokenizer(text)["input_ids"]) > max_length
-    return Example(feature | {"labels": ids[label]}, truncated=truncated)
+    return Example(feature | {"labels": labels.index(label)}, truncated=truncated)
 
 
 def _causal_example(
@@ -186,8 +168,7 @@ def _blocks(
     beginning = first if first == [tokenizer.bos_token_id] else []
     size = max_length - len(beginning)
     ids: list[int] = []
-    progress = tqdm(_pieces(text), desc="Tokenizing", unit="MB", disable=not show_progress_bar)
-    for piece in progress:
+    for piece in tqdm(_pieces(text), desc="Tokenizing", unit="MB", disable=not show_progress_bar):
         ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     starts = range(0, len(ids), size)
     drawn = Random(seed).sample(starts, min(count, len(starts)))
@@ -214,7 +195,10 @@ def _text(row: Row, role: str) -> str:
     if value is None:
         raise CommandError(f"The {role} of {row.place} is missing: remove the row.")
     if not isinstance(value, str):
-        raise CommandError(f"The {role} of {row.place} is not text but {type(value).__name__}: {_excerpt(value)}")
+        raise CommandError(
+            f"The {role} of {row.place} is not text but {type(value).__name__}: {_excerpt(value)}. "
+            "Convert the column to text, or choose another one."
+        )
     if not value.strip():
         raise CommandError(f"The {role} of {row.place} is empty: remove the row.")
     return value
@@ -226,7 +210,8 @@ def _messages(row: Row) -> list[dict[str, Any]]:
         raise CommandError(f"The messages of {row.place} are empty: remove the row.")
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise CommandError(
-            f"The messages of {row.place} are not a list of {{'role': …, 'content': …}}: {_excerpt(messages)}"
+            f"The messages of {row.place} are not a list of {{'role': …, 'content': …}}: {_excerpt(messages)}. "
+            "Correct or remove the row."
         )
     # Arrow gives each message the keys of all messages, but templates check whether a key is present.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]

@@ -1,1 +1,1 @@
-"""From a backward pass to statistics of each target layer. Knows layers, not configs of PEFT."""
+"""From a backward pass to statistics of each target layer. This package does not import PEFT."""

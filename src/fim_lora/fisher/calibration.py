@@ -1,6 +1,4 @@
-"""The calibration loop: batches run through the model, and the model is afterwards what it was before."""
-
-from __future__ import annotations
+"""The calibration loop: it runs batches through the model, and restores the model at the end."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -51,8 +49,8 @@ def calibrate(
 
     With several processes, each one calibrates on the batches of its own `dataloader`, and all get the result over
     all examples. They may have different numbers of batches, or none. If one fails, all raise. If a pass through the
-    model needs all processes (FSDP, ZeRO-3, `loss_communicates`) and one fails inside it, the others learn of it when
-    its process ends, as in training.
+    model needs all processes (FSDP, ZeRO-3, `loss_communicates`) and one fails inside it, the others notice it
+    when its process ends, as in training.
 
     Training mode, `requires_grad`, `.grad` and hooks of the model are restored, also after an exception. The cost is
     a forward pass, and a backward pass with respect to activations.

@@ -3,7 +3,8 @@
 From transformers 5 on, the experts of Mixtral, Qwen3-MoE and others are stacked parameters. When PEFT creates an
 adapter for such a model, it replaces the former names in the config, such as `w1`, `w2` and `w3`, by those of the
 parameters. A parameter that combines two of the former modules gets twice the rank and twice the `lora_alpha`. Scores
-of a plain model store the conversion, because PEFT then converts only a copy of the config.
+of a plain model store the conversion, because PEFT then converts only a copy of the config. The class is in `fisher`
+because `FimScores` stores it; only `adapter` creates it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,10 @@ from ..runtime.checked_json import require_integer, require_layer_name
 
 @dataclass(frozen=True)
 class ConvertedTargets:
-    """The targets of a config after PEFT converted them.
+    """`target_modules` and `target_parameters` of the converted config.
 
-    Attributes:
-        target_modules: The `target_modules` of the converted config.
-        target_parameters: The `target_parameters` of the converted config.
-        fused: Layer name, as in the base model, to the number of targets that were fused into it, if it is more
-            than one.
+    `fused` maps the layers into which more than one target was fused, by their names in the base model, to the number
+    of these targets.
     """
 
     target_modules: frozenset[str]
@@ -40,13 +38,7 @@ class ConvertedTargets:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> ConvertedTargets:
-        """The inverse of `to_dict`.
-
-        Raises:
-            KeyError: If a field is missing.
-            TypeError: If a value has the wrong type.
-            ValueError: If a value is out of its range.
-        """
+        """The inverse of `to_dict`. Missing or invalid fields raise the exceptions that `read_json` catches."""
         return cls(
             _names(content["target_modules"]),
             _names(content["target_parameters"]),

@@ -1,17 +1,15 @@
 """The hooks of a `Recorder`: each watches the calls of one module and reports to a `CallWatcher`."""
 
-from __future__ import annotations
-
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ..runtime.replay import CallState
@@ -56,7 +54,7 @@ def is_inside_backward() -> bool:
 
 
 def _outside_compiled_code(function: Function) -> Function:
-    """Decorator: compiled code breaks here, because what a hook does cannot be traced."""
+    """Decorator that inserts a graph break into compiled code, because a hook cannot be traced."""
     options: dict[str, Any] = {}
     if "reason" in inspect.signature(torch.compiler.disable).parameters:  # PyTorch 2.6 does not have it
         options["reason"] = (
@@ -64,6 +62,20 @@ def _outside_compiled_code(function: Function) -> Function:
             "`fullgraph=True`, or pass it a `dataloader`"
         )
     return cast(Function, torch.compiler.disable(function, **options))
+
+
+class _Call(NamedTuple):
+    """One observed call: the run that it belongs to, its arguments and outputs, and the state before it."""
+
+    run: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Any]
+    state: CallState | None
+
+
+# From a call to the outputs that replace those of the layer, or `None` if these stay.
+Watch = Callable[[_Call], list[Any] | None]
 
 
 @dataclass
@@ -75,6 +87,7 @@ class LayerHook:
 
     watcher: CallWatcher
     target: TargetLayer
+    state: CallState | None = None
 
     def register(self) -> list[RemovableHandle]:
         """Register the hook on its layer."""
@@ -82,35 +95,34 @@ class LayerHook:
 
     @_outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Save the call, ask for the gradient of its output, and start the graph here if nothing has so far."""
+        """Save the input, and register a hook for the gradient of the first output."""
+        return self._observe(args, kwargs, output, self._watch_input)
+
+    def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, watch: Watch) -> Any:
+        """Count and check the call, start the graph if no layer before it has, and register hooks for gradients."""
+        state, self.state = self.state, None
         run = self.watcher.begin_call(self.target.name)
         if run is None or not torch.is_grad_enabled():
             return None
-        outputs, structure = _flattened(output)
+        outputs, structure = tree_flatten(output)
         x = input_of(args, kwargs)
-        _refuse_tensor_parallelism(self.target.name, x, outputs[0])
+        _refuse_tensor_parallelism(self.target, x, outputs[0])
         starts_graph = not any(isinstance(value, Tensor) and value.requires_grad for value in outputs)
-        _refuse_missing_gradient(self.target.name, module, x, starts_graph)
+        _refuse_missing_gradient(self.target, x, starts_graph)
         if starts_graph:
             outputs = [_as_start_of_graph(value) for value in outputs]
-        joined = self._watch(run, args, kwargs, outputs, structure is not None)
-        if joined is None and not starts_graph:
-            return None
-        return _unflattened(joined or outputs, structure)
+        joined = watch(_Call(run, args, kwargs, outputs, state))
+        return tree_unflatten(joined or outputs, structure) if joined or starts_graph else None
 
-    def _watch(
-        self, run: int, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Any], is_nested: bool
-    ) -> list[Any] | None:
-        """Save the input and ask for gradients. Return the outputs if they were replaced."""
-        saved = SavedInput(input_of(args, kwargs))
+    def _watch_input(self, call: _Call) -> None:
+        saved = SavedInput(input_of(call.args, call.kwargs))
         self.watcher.note_input(self.target.name, saved)
-        self._watch_first(run, saved, outputs)
-        return None
+        self._watch_first(call, saved)
 
-    def _watch_first(self, run: int, saved: SavedInput | SavedCall, outputs: Sequence[Any]) -> None:
+    def _watch_first(self, call: _Call, saved: SavedInput | SavedCall) -> None:
         """Only the first output counts; the others are attention weights."""
-        outputs[0].register_hook(partial(self.watcher.receive, self.target.name, run, saved))
-        for further in outputs[1:]:
+        call.outputs[0].register_hook(partial(self.watcher.receive, self.target.name, call.run, saved))
+        for further in call.outputs[1:]:
             if isinstance(further, Tensor) and further.requires_grad:
                 further.register_hook(partial(_refuse_gradient, self.target.name))
 
@@ -118,8 +130,6 @@ class LayerHook:
 @dataclass
 class ReplayedLayerHook(LayerHook):
     """Forward hooks of a layer that is run again, for which all arguments and the state of the call are kept."""
-
-    state: CallState | None = None
 
     def register(self) -> list[RemovableHandle]:
         """Register the hooks before and after the call."""
@@ -135,18 +145,11 @@ class ReplayedLayerHook(LayerHook):
 
     @_outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """As `LayerHook`; the state is kept for this call only."""
-        try:
-            return super().__call__(module, args, kwargs, output)
-        finally:
-            self.state = None
+        """Save the whole call, and register a hook for the gradient of the first output."""
+        return self._observe(args, kwargs, output, self._watch_call)
 
-    def _watch(
-        self, run: int, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Any], is_nested: bool
-    ) -> list[Any] | None:
-        """Save the whole call and ask for the gradient of the first output."""
-        self._watch_first(run, SavedCall(args, kwargs, (outputs[0],), self.state), outputs)
-        return None
+    def _watch_call(self, call: _Call) -> None:
+        self._watch_first(call, SavedCall(call.args, call.kwargs, (call.outputs[0],), call.state))
 
 
 @dataclass
@@ -154,40 +157,29 @@ class AllOutputsHook(ReplayedLayerHook):
     """Forward hooks of a layer of which all outputs count, such as the logits and the scores of a router."""
 
     def register(self) -> list[RemovableHandle]:
-        """Register one hook for a single output and one for several."""
-        module = self.target.module
-        return [
-            module.register_forward_pre_hook(self.before, with_kwargs=True),
-            module.register_forward_hook(self.on_multiple_outputs, prepend=True, with_kwargs=True),
-            module.register_forward_hook(self.on_single_output, with_kwargs=True),
-        ]
+        """Register one hook for several outputs, before all other hooks, and one for a single output, after them."""
+        several = self.target.module.register_forward_hook(self.on_multiple_outputs, prepend=True, with_kwargs=True)
+        return [several, *super().register()]
 
     @_outside_compiled_code
-    def on_multiple_outputs(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def on_multiple_outputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Runs first, so that all other hooks, such as FSDP's, receive the copies of the outputs."""
-        return None if isinstance(output, Tensor) else self(module, args, kwargs, output)
+        return None if isinstance(out, Tensor) else self._observe(args, kwargs, out, self._watch_all)
 
     @_outside_compiled_code
-    def on_single_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Runs last, so that FSDP's hook on the output restores the weights first."""
-        return self(module, args, kwargs, output) if isinstance(output, Tensor) else None
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Runs last, so that FSDP's hook on a single output restores the weights first."""
+        return self._observe(args, kwargs, output, self._watch_call) if isinstance(output, Tensor) else None
 
-    def _watch(
-        self, run: int, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Any], is_nested: bool
-    ) -> list[Any] | None:
-        """Save the whole call and ask for the gradients of all outputs together."""
-        if not is_nested:
-            return super()._watch(run, args, kwargs, outputs, is_nested)
-        differentiable = (value if isinstance(value, Tensor) and value.requires_grad else None for value in outputs)
-        saved = SavedCall(args, kwargs, tuple(differentiable), self.state)
-        joined, node = join_outputs(outputs)
-        node.register_prehook(partial(self._receive, run, saved))
+    def _watch_all(self, call: _Call) -> list[Any]:
+        """Register one hook for the gradients of all outputs, and return the copies that replace the outputs."""
+        differentiable = (
+            value if isinstance(value, Tensor) and value.requires_grad else None for value in call.outputs
+        )
+        saved = SavedCall(call.args, call.kwargs, tuple(differentiable), call.state)
+        joined, node = join_outputs(call.outputs)
+        node.register_prehook(lambda gradients: self.watcher.receive(self.target.name, call.run, saved, *gradients))
         return joined
-
-    def _receive(self, run: int, saved: SavedCall, gradients: tuple[Tensor | None, ...]) -> None:
-        self.watcher.receive(self.target.name, run, saved, *gradients)
 
 
 @dataclass
@@ -219,7 +211,7 @@ class RootHook:
 
     @_outside_compiled_code
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Report the backward pass: checkpointed layers learn only of their own share of it."""
+        """Report the backward pass, because a hook of a checkpointed layer sees only that layer's part of it."""
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad and not is_inside_backward():
                 tensor.register_hook(self._receive)
@@ -229,18 +221,10 @@ class RootHook:
 
 
 def layer_hook(watcher: CallWatcher, target: TargetLayer) -> LayerHook:
-    """The hook for a layer, as its layer type asks."""
+    """The hook that the type of a layer needs."""
     if target.layer_type.all_outputs:
         return AllOutputsHook(watcher, target)
     return (ReplayedLayerHook if target.layer_type.needs_replay else LayerHook)(watcher, target)
-
-
-def _flattened(output: Any) -> tuple[list[Any], TreeSpec | None]:
-    return ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
-
-
-def _unflattened(outputs: list[Any], structure: TreeSpec | None) -> Any:
-    return outputs[0] if structure is None else tree_unflatten(outputs, structure)
 
 
 def _as_start_of_graph(value: Any) -> Any:
@@ -250,31 +234,34 @@ def _as_start_of_graph(value: Any) -> Any:
     return value.detach().requires_grad_().clone()
 
 
-def _refuse_tensor_parallelism(name: str, x: Tensor, output: Any) -> None:
+def _refuse_tensor_parallelism(target: TargetLayer, x: Tensor, output: Any) -> None:
     if isinstance(x, DTensor) or isinstance(output, DTensor):
-        raise ValueError(f"Layer {name!r} has only part of its input or output in this process. {TENSOR_PARALLELISM}")
+        raise ValueError(
+            f"Layer {target.name!r} has only part of its input or output in this process. {TENSOR_PARALLELISM}"
+        )
 
 
-def _refuse_missing_gradient(name: str, module: nn.Module, x: Tensor, starts_graph: bool) -> None:
-    """Refuse a kernel for inference, upstream of which gradients would be missing or wrong."""
+def _refuse_missing_gradient(target: TargetLayer, x: Tensor, starts_graph: bool) -> None:
+    """Refuse a kernel for inference, because gradients of the layers before it would be missing or wrong."""
     if not x.requires_grad:
         return
     if starts_graph:
         raise RuntimeError(
-            f"Layer {name!r} ({type(module).__name__}) passes no gradient to its input, as some quantizations for "
-            "inference do, so layers before it would score zero. Load the model in a quantization that can be trained."
+            f"Layer {target.name!r} ({type(target.module).__name__}) passes no gradient to its input, as some "
+            "quantizations for inference do, so layers before it would score zero. Load the model in a quantization "
+            "that can be trained."
         )
-    # bitsandbytes shows this nowhere else.
-    quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
+    # bitsandbytes has no other attribute that shows this.
+    quant_state = getattr(getattr(target.module, "weight", None), "quant_state", None)
     if getattr(quant_state, "packing_format_for_cpu", False):
         raise RuntimeError(
-            f"bitsandbytes repacked the weight of layer {name!r} during an evaluation on this CPU, for a kernel "
-            "without a gradient. Load the model again, and do not evaluate it before the calibration."
+            f"bitsandbytes repacked the weight of layer {target.name!r} during an evaluation on this CPU, for a "
+            "kernel without a gradient. Load the model again, and do not evaluate it before the calibration."
         )
 
 
 def _refuse_gradient(name: str, gradient: Tensor) -> None:
     raise RuntimeError(
         f"The loss depends on a second output of layer {name!r}, such as its attention weights, which the eFIM does "
-        "not cover. Leave it out of the calibration loss, or take the layer out of `target_modules`."
+        "not cover. Leave it out of the calibration loss, or remove the layer from `target_modules`."
     )

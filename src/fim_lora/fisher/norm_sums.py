@@ -31,7 +31,7 @@ CAUSES_OF_NO_GRADIENT = (
 
 
 class Norms(NamedTuple):
-    """Squared norms (B) or (1) on their device, for the back-propagated loss, and the factor they still need."""
+    """Squared norms (B) or (1) on their device, for the back-propagated loss, and the factor to multiply them by."""
 
     values: Tensor
     factor: int
@@ -93,9 +93,9 @@ class NormSums:
         size = batch_size or max(lengths, default=1)
         zeros = np.zeros(size)
         for name, moments in self.moments.items():
-            of_layer = found.get(name, zeros)
-            # Every batch weighs as much as its examples, also where it has one value for all of them.
-            moments.add(of_layer, size / len(of_layer))
+            norms = found.get(name, zeros)
+            # The weight of a batch is its number of examples, even if it has one value for all of them.
+            moments.add(norms, size / len(norms))
 
     def merge(self, others: Sequence[NormSums]) -> NormSums:
         """The sums over the examples of all processes, as if one process had seen them all.
@@ -183,10 +183,10 @@ def _to_host(tensors: Sequence[Tensor]) -> np.ndarray[Any, np.dtype[np.float64]]
     arrays: list[Any] = [np.zeros(0)] * len(tensors)
     for device in {tensor.device for tensor in tensors}:
         places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
-        there = [tensors[place] for place in places]
-        joined = torch.cat([tensor.float() if tensor.dtype != torch.float64 else tensor for tensor in there])
-        here = joined.cpu().double().numpy()
-        lengths = [len(tensor) for tensor in there]
-        for place, array in zip(places, np.split(here, np.cumsum(lengths)[:-1]), strict=True):
+        on_device = [tensors[place] for place in places]
+        joined = torch.cat([tensor.float() if tensor.dtype != torch.float64 else tensor for tensor in on_device])
+        on_host = joined.cpu().double().numpy()
+        lengths = [len(tensor) for tensor in on_device]
+        for place, array in zip(places, np.split(on_host, np.cumsum(lengths)[:-1]), strict=True):
             arrays[place] = array
     return np.concatenate(arrays) if arrays else np.zeros(0)

@@ -1,7 +1,5 @@
 """`Pass`: one forward and backward pass while it is running."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
@@ -19,19 +17,19 @@ Measurement = TypeVar("Measurement")
 
 @dataclass
 class Pass(Generic[Measurement]):
-    """One forward and backward pass.
+    """One forward and backward pass. Dictionaries have the layer name as their key.
 
     Attributes:
         batch_size: Examples, if known.
         sequences_per_example: Sequences that make up one example.
         counts: Whether the pass is a calibration batch.
-        num_calls: Layer name to the number of its calls in the forward pass.
-        latest_input: Layer name to the input of its latest call, until the layer's adapter is called.
-        waiting: Layer name to the calls whose gradient has arrived, until all calls of the layer have one.
-        measured: Layer name to its measurement.
-        num_outstanding: Calls whose gradient has not arrived.
-        has_gradients: Whether the backward pass has begun.
-        running: Autograd runs that have begun and not ended.
+        num_calls: Number of calls of the layer in the forward pass.
+        latest_input: Input of the layer's latest call, until its adapter is called.
+        waiting: Calls whose gradient has arrived, until all calls of the layer have one.
+        measured: What the statistic measured on the layer.
+        num_outstanding: Calls, of all layers, whose gradient has not arrived.
+        has_gradients: Whether the gradient of any call has arrived.
+        running: Numbers of the autograd runs that have begun and not ended.
         process: Number of this process.
         loss: The loss (1), if known.
     """
@@ -63,9 +61,9 @@ class Pass(Generic[Measurement]):
         return self.waiting.pop(name) if len(waiting) == self.num_calls.get(name) else None
 
     def note_backward(self) -> None:
-        """Note the current autograd run until it ends. A run that raises never ends."""
+        """Note the current autograd run until it ends. A run that raises is never removed."""
         run = torch._C._current_graph_task_id()
         if run not in self.running:
             self.running.add(run)
-            # FSDP learns of the end of a backward pass in the same way; there is no public function.
+            # FSDP uses the same function to detect the end of a backward pass; a public one does not exist.
             torch.autograd.Variable._execution_engine.queue_callback(partial(self.running.discard, run))

@@ -4,8 +4,6 @@ A forward hook on each base layer saves its input x, a hook on its output receiv
 measures both. Only the running sums of the statistic are kept between batches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,7 +34,7 @@ class Recorder(Generic[Measurement, Result]):
     passes that each have their own backward pass must alternate. A layer that is called several times before the
     backward pass (shared weights, two forward passes into one loss) is measured with the gradient of all its uses
     together. Calls under `torch.no_grad` are treated as the first pass of reentrant gradient checkpointing, unless
-    the whole model runs without gradients: that is an evaluation and leaves no trace.
+    the whole model runs without gradients: such a run is an evaluation and is ignored.
 
     Args:
         layers: Name, as in the base model, to target layer, PEFT's LoRA layer or base layer.
@@ -68,7 +66,7 @@ class Recorder(Generic[Measurement, Result]):
         """Register the hooks. A recorder that was stopped goes on with what it has collected.
 
         Args:
-            roots: Modules whose call is a forward pass of the whole model; they tell the batch size. Without them it
+            roots: Modules whose call is a forward pass of the whole model; they report the batch size. Without them it
                 is the leading dimension of each layer's input, or what `batch` was given.
             adapters: Layer name to a module that is called after the layer. If its input is a copy of the layer's
                 input in another dtype, as with float32 adapters in a bfloat16 model, autograd keeps that copy, and
@@ -105,7 +103,7 @@ class Recorder(Generic[Measurement, Result]):
 
     @contextmanager
     def batch(self, batch_size: int | None, sequences_per_example: int = 1, counts: bool = True) -> Iterator[None]:
-        """One forward and backward pass, which counts even if no layer receives a gradient (it is zero then).
+        """One forward and backward pass. If no layer receives a gradient, it counts with gradients of zero.
 
         Args:
             batch_size: Examples in the batch; `None` for the leading dimension of each layer's input.
@@ -120,7 +118,7 @@ class Recorder(Generic[Measurement, Result]):
     def note_loss(self, loss: Tensor) -> None:
         """Note the loss, one element, before its backward pass; a loss that is not finite makes the batch unusable.
 
-        The gradients alone do not tell: PyTorch's mean over no tokens is NaN and has gradients of zero.
+        The gradients alone do not show this: PyTorch's mean over no tokens is NaN and has gradients of zero.
         """
         self._pass.loss = loss.detach().reshape(1)
 
@@ -192,7 +190,7 @@ class Recorder(Generic[Measurement, Result]):
         return self.num_batches == self._last_batch
 
     def _close_pass(self) -> None:
-        """What comes next belongs to another pass. A pass whose backward pass raised counts nothing."""
+        """End the current pass, before a call of the next one. A pass whose backward pass raised is not counted."""
         if self._pass.running:
             self._pass = Pass()
         elif self._pass.has_gradients:

@@ -1,7 +1,5 @@
 """Tensors of a layer call, kept between the forward and the backward pass the way autograd keeps them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,7 +15,7 @@ from .layers.call import LayerCall
 class _SavedTensors:
     """Tensors saved by autograd until the gradient arrives.
 
-    So checkpointing recomputes them instead of keeping them, offloading moves them, and changing them in place raises.
+    Checkpointing therefore recomputes them, hooks on saved tensors offload them, and changing them in place raises.
     """
 
     __slots__ = ("_anchor",)
@@ -52,7 +50,7 @@ class SavedInput:
     def replace_by_copy(self, candidate: Tensor) -> None:
         """Save `candidate`, which autograd keeps anyway, if it is a copy of the input in a more precise dtype.
 
-        The graph tells: its only step from the input is the change of the dtype.
+        The graph shows this: its only step from the input is the change of the dtype.
         """
         step = candidate.grad_fn
         if step is None or step.name() != "ToCopyBackward0" or step.next_functions[0] != self._origin:
@@ -68,14 +66,7 @@ class SavedInput:
 
 
 class SavedCall:
-    """All arguments and outputs of a call of a layer that is run again, saved until the gradient arrives.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        outputs: The outputs that may have a gradient; `None` in the place of the others.
-        state: State before the call.
-    """
+    """A whole call of a layer that is run again, saved until its gradients arrive; see `LayerCall`."""
 
     def __init__(
         self,
@@ -102,7 +93,7 @@ class SavedCall:
 
 
 class _SaveForBackward(torch.autograd.Function):
-    """A node beside the graph that only holds tensors the way autograd holds them."""
+    """A node outside of the model's graph that only saves tensors, the way autograd saves them."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:

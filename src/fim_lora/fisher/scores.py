@@ -9,14 +9,7 @@ from os import PathLike
 from typing import Any, cast
 
 from ..runtime.atomic import write_json
-from ..runtime.checked_json import (
-    InvalidFileError,
-    read_json,
-    require_boolean,
-    require_integer,
-    require_layer_name,
-    require_number,
-)
+from ..runtime.checked_json import read_json, require_boolean, require_integer, require_layer_name, require_number
 from .converted_targets import ConvertedTargets
 
 SCHEMA_VERSION = 1
@@ -159,14 +152,10 @@ class FimScores(Mapping[str, LayerScore]):
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> FimScores:
-        """Create scores from the result of `to_dict`.
+        """The inverse of `to_dict`.
 
-        Raises:
-            KeyError: If a field is missing.
-            TypeError: If a value has the wrong type.
-            AttributeError: If `layers` is not a mapping.
-            ValueError: If a value is out of its range.
-            OverflowError: If an integer is too large for a float.
+        Raises `KeyError` if a field is missing, `TypeError` or `AttributeError` if a value has the wrong type,
+        `ValueError` if it is out of its range, and `OverflowError` if an integer is too large for a float.
         """
         layers = {require_layer_name(name): _layer_from_dict(score) for name, score in content["layers"].items()}
         counts = (require_integer(content["num_batches"], 0), require_integer(content["num_skipped_batches"], 0))
@@ -174,26 +163,17 @@ class FimScores(Mapping[str, LayerScore]):
         return cls(layers, *counts, None if converted is None else ConvertedTargets.from_dict(converted))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the scores as JSON to the file `path`, completely or not at all.
-
-        Raises:
-            OSError: If the file cannot be written.
-        """
+        """Write the scores as JSON, completely or not at all. Raises `OSError` if the file cannot be written."""
         write_json(path, {"format": "fim_scores", "schema_version": SCHEMA_VERSION, **self.to_dict()})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> FimScores:
-        """Read the scores from the file `path`, which `save` wrote.
+        """Read what `save` wrote.
 
-        Raises:
-            OSError: If the file cannot be read.
-            InvalidFileError: If it is not a valid file of scores, or a newer version of fim-lora wrote it.
+        Raises `OSError` if the file cannot be read, and `InvalidFileError` if it is damaged, not a file of scores, or
+        from a newer version of fim-lora.
         """
-        content = read_json(path, "fim_scores", SCHEMA_VERSION)
-        try:
-            return cls.from_dict(content)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-            raise InvalidFileError(f"{path} is damaged: {error!r}. Compute the scores again.") from error
+        return read_json(path, "fim_scores", SCHEMA_VERSION, cls.from_dict, "Compute the scores again.")
 
 
 def _layer_from_dict(content: Mapping[str, Any]) -> LayerScore:

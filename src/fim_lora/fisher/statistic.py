@@ -1,7 +1,5 @@
 """`Statistic`: what is measured on the calls of the target layers, and how measurements add up."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -42,27 +40,16 @@ class Statistic(Protocol[Measurement, Result]):
     """
 
     def measure(self, layer: TargetLayer, calls: Sequence[LayerCall], rows: BatchRows) -> Measurement:
-        """Measure one layer in one batch.
+        """Measure one layer in one batch, from its calls, each with its input x and the gradient g of its output.
 
-        Args:
-            layer: The target layer.
-            calls: Its calls in the forward pass, each with its input x and the gradient g of its output.
-            rows: How the rows of x and g divide into examples.
-
-        Returns:
-            The measurement.
-
-        Raises:
-            UnattributableError: If rows belong to no example. The recorder then measures again with one group.
+        Raises `UnattributableError` if rows do not belong to single examples. The recorder then measures again with
+        one group.
         """
 
     def add(self, measured: Mapping[str, Measurement], batch_size: int | None, loss: Tensor | None) -> None:
-        """Add a finished batch.
+        """Add a finished batch, with its number of examples and its loss (1) if they are known.
 
-        Args:
-            measured: Layer name to measurement. A layer that is missing received no gradient.
-            batch_size: Examples in the batch, if known.
-            loss: The loss (1), if known.
+        `measured` maps layer names to measurements. A layer that is missing received no gradient.
         """
 
     def merge(self, others: Sequence[Self]) -> Self:

@@ -1,1 +1,1 @@
-"""From scores to ranks: pure functions of numbers, without torch and without PEFT."""
+"""From scores to ranks, without torch and without PEFT."""

@@ -1,7 +1,5 @@
 """`allocate_ranks`: checks its input and divides a budget among layers by their scores."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import cast
@@ -26,24 +24,24 @@ def allocate_ranks(
 ) -> dict[str, int]:
     """Divide the budget that uniform LoRA would spend among the layers, by their scores.
 
-    The continuous solution is `r_i = clamp(λ · score_i ** score_exponent, r_min_i, r_max_i)`, where the single λ is
-    chosen such that `Σ c_i r_i` equals the budget. `c_i` is 1 for `budget="rank"`. For `budget="parameters"` it is
-    the cost of one more rank, which is `d_in + d_out` for a d_out × d_in matrix. The ranks are then rounded down, and
-    the rest of the budget is distributed by largest remainder, one rank per layer. So every rank is within one of the
-    continuous solution (except for layers of score zero, see below), and:
+    The continuous solution is `r_i = clamp(λ · score_i ** score_exponent, r_min_i, r_max_i)`, with the one λ for which
+    `Σ c_i r_i` equals the budget. `c_i` is 1 for `budget="rank"`. For `budget="parameters"` it is the cost of one more
+    rank, which is `d_in + d_out` for a d_out × d_in matrix. The ranks are then rounded down, and the rest of the
+    budget is distributed by largest remainder, one rank per layer. So every rank is within one of the continuous
+    solution (except for layers of score zero, see below), and:
 
     - A rank budget is used up exactly whenever the bounds allow it. A parameter budget is never exceeded, and
       the unused rest is less than the cost of one more rank for any layer that was rounded down.
     - Among layers of equal shape and bounds, a higher score never gets a lower rank.
     - Scaling all scores by a constant changes nothing. Ties are broken by name, whatever the order of `scores`.
 
-    Layers of score zero get `r_min`. Only when all other layers are at their upper bounds do they share the rest of
-    the budget equally. The time is O(n log n).
+    Layers of score zero get `r_min`. They share the rest of the budget equally only if all other layers are at their
+    upper bounds. The time is O(n log n).
 
-    If the rank of a layer must be a multiple of a step, the distinct steps are handled from the largest to the
-    smallest: the remaining budget is divided among all undecided layers, and those with the largest step among them
-    are rounded to multiples of it, within the sum of their shares. Layers of smaller steps get what the rounding
-    leaves. Then a rank can differ from the continuous solution by more than one, but:
+    If ranks must be multiples of a step, the steps are handled from the largest to the smallest: the remaining budget
+    is divided among all undecided layers, and those with the largest step are rounded to multiples of it, within the
+    sum of their shares. Layers of smaller steps get what the rounding leaves. Then a rank can differ from the
+    continuous solution by more than one, but:
 
     - Every rank is a multiple of its step and within the bounds, and the budget is never exceeded.
     - The unused rest of a rank budget is less than one more step of any layer below its upper bound, so nothing is
@@ -53,17 +51,14 @@ def allocate_ranks(
 
     Args:
         scores: Non-negative sensitivity of each layer, for example `mean(F)` of its eFIM.
-        r: The rank that uniform LoRA would use, or the base rank r_i⁰ of each layer. The budget is `Σ r_i⁰`
-            or `Σ r_i⁰ c_i`.
+        r: The rank that uniform LoRA would use, or the base rank r_i⁰ of each layer. The budget is `Σ c_i r_i⁰`.
         r_min: Smallest rank of a layer, at least 0. It is rounded up to a multiple of the layer's step.
-        r_max: Largest rank of a layer; `None` means four times its base rank. It is rounded down to a multiple of
-            the layer's step.
+        r_max: Largest rank of a layer, rounded down to such a multiple. `None` means four times its base rank.
         budget: `"rank"` or `"parameters"`; the latter needs `parameters_per_rank` or `shapes`.
         score_exponent: Positive. If the marginal value of the k-th rank of layer i falls like `score_i · k^-p`,
             the optimum is `r_i ∝ score_i ** (1/p)`, so a value below 1 is the principled way to soften the allocation.
         shapes: `(d_out, d_in)` of each layer. If given, no rank exceeds `min(d_out, d_in)`.
-        parameters_per_rank: Adapter parameters that one more rank of each layer costs; `None` means
-            `d_in + d_out`. Only a parameter budget uses it.
+        parameters_per_rank: c_i of a parameter budget; `None` means `d_in + d_out`.
         rank_steps: Number of which the rank of each layer must be a multiple; `None` means 1 for all layers.
 
     Returns:
@@ -71,9 +66,8 @@ def allocate_ranks(
 
     Raises:
         ValueError: If there are no layers; if a score is negative, NaN or infinite; if `r`, the bounds, the shapes
-            and the steps cannot be satisfied together; if a base rank is not a multiple of its step; if `r`,
-            `shapes`, `parameters_per_rank` or `rank_steps` does not name exactly the layers of `scores`; or if an
-            option is out of its range.
+            and the steps cannot be satisfied together; if a base rank is not a multiple of its step; if a mapping
+            does not name exactly the layers of `scores`; or if an option is out of its range.
     """
     if not scores:
         raise ValueError("There are no layers to allocate ranks to: `scores` is empty.")
@@ -173,7 +167,7 @@ def _weights(names: Sequence[str], scores: Mapping[str, float], score_exponent: 
 
 
 def _positive_integers(names: Sequence[str], given: Mapping[str, int] | int, argument: str, subject: str) -> Ints:
-    """The integer given for each layer, or one for all layers; `subject` begins the error message."""
+    """The integer of each layer, from a mapping or one value for all layers; `subject` begins the error message."""
     if isinstance(given, Mapping):
         _require_same_names(names, given, argument)
     else:
@@ -189,11 +183,10 @@ def _require_same_names(names: Sequence[str], given: Mapping[str, object], argum
     missing = [name for name in names if name not in given]
     if missing:
         raise ValueError(
-            f"`{argument}` lacks layer {missing[0]!r} ({len(missing)} missing in total): give a value for each layer."
+            f"`{argument}` lacks layer {missing[0]!r} ({len(missing)} missing in total): pass a value for each layer."
         )
-    if len(given) > len(names):
-        known = set(names)
-        unknown = [name for name in given if name not in known]
+    unknown = sorted(set(given).difference(names))
+    if unknown:
         raise ValueError(
             f"`{argument}` names {unknown[0]!r}, which has no score ({len(unknown)} in total): remove such names."
         )

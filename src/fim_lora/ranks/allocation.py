@@ -1,6 +1,4 @@
-"""`Allocation`: the ranks, and what they came from."""
-
-from __future__ import annotations
+"""`Allocation`: the ranks, the scores and settings that they came from, and the JSON file of all of these."""
 
 import copy
 import math
@@ -14,7 +12,7 @@ from typing_extensions import Self
 from ..config import FimConfig
 from ..fisher.scores import FimScores
 from ..runtime.atomic import write_json
-from ..runtime.checked_json import InvalidFileError, read_json, require_boolean, require_integer, require_number
+from ..runtime.checked_json import read_json, require_boolean, require_integer, require_number
 from .allocate import allocate_ranks, budget_of
 from .layer_grid import format_grid
 
@@ -26,9 +24,9 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Allocation:
-    """One rank and one `lora_alpha` per layer, and what they came from.
+    """One rank and one `lora_alpha` per layer, with the scores and settings that they came from.
 
-    `fim_lora.RankAllocation` adds the way from and to a `LoraConfig`.
+    Its subclass `fim_lora.RankAllocation` adds the conversion from and to a `LoraConfig`.
 
     Attributes:
         ranks: Layer name, as in the base model, to rank. 0 means that the layer loses its adapter.
@@ -64,22 +62,10 @@ class Allocation:
         lora_alpha: float,
         use_rslora: bool,
     ) -> Self:
-        """Divide the budget of the base ranks among the layers of `scores`.
+        """Divide the budget of the base ranks, those of uniform LoRA, among the layers of `scores`.
 
-        Args:
-            scores: The scores.
-            fim_config: How ranks are decided.
-            base_ranks: Layer name to the rank that uniform LoRA would use.
-            base_alphas: Layer name to its `lora_alpha`.
-            r: See the class.
-            lora_alpha: See the class.
-            use_rslora: See the class.
-
-        Returns:
-            The allocation.
-
-        Raises:
-            ValueError: If the bounds cannot be satisfied; see `allocate_ranks`.
+        `base_alphas` has the `lora_alpha` of each layer at its base rank; the other arguments are those of the class.
+        Raises `ValueError` if the bounds cannot be satisfied; see `allocate_ranks`.
         """
         ranks = allocate_ranks(
             scores.means,
@@ -117,12 +103,12 @@ class Allocation:
 
     @property
     def num_batches(self) -> int:
-        """Calibration batches."""
+        """Number of calibration batches."""
         return self.scores.num_batches
 
     @property
     def num_examples(self) -> int:
-        """Calibration examples."""
+        """Number of calibration examples."""
         return self.scores.num_examples
 
     @property
@@ -137,11 +123,11 @@ class Allocation:
 
     @property
     def budget_unit(self) -> str:
-        """Unit of `budget` and `budget_used`, for people to read."""
+        """Unit of `budget` and `budget_used`, for people to read: `ranks` or `parameters`."""
         return "ranks" if self.fim_config.budget == "rank" else "parameters"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON types."""
+        """All fields as JSON types."""
         return {
             "ranks": self.ranks,
             "alphas": self.alphas,
@@ -158,16 +144,9 @@ class Allocation:
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`.
 
-        Args:
-            content: What `to_dict` returned.
-
-        Returns:
-            The allocation.
-
-        Raises:
-            KeyError: If an entry is missing.
-            TypeError: If a value has the wrong type.
-            ValueError: If a value is out of its range, or layers are missing.
+        Raises `KeyError` if an entry is missing, `TypeError` or `AttributeError` if a value has the wrong type,
+        `ValueError` if a value is out of its range or layers are missing, and `OverflowError` if an integer is too
+        large for a float.
         """
         scores = FimScores.from_dict(content["scores"])
         ranks = {name: require_integer(rank, 0) for name, rank in content["ranks"].items()}
@@ -189,14 +168,9 @@ class Allocation:
         )
 
     def save(self, path: str | PathLike[str], **provenance: Any) -> None:
-        """Write the allocation as JSON, completely or not at all.
+        """Write the allocation as JSON, completely or not at all. Raises `OSError` if that fails.
 
-        Args:
-            path: The file.
-            provenance: JSON values to write with it, such as versions or the data used; `load` ignores them.
-
-        Raises:
-            OSError: If the file cannot be written.
+        `provenance` has JSON values to write with it, such as versions or the data used; `load` ignores them.
         """
         header = {"format": "fim_allocation", "schema_version": SCHEMA_VERSION}
         write_json(path, header | {"provenance": provenance} | self.to_dict())
@@ -205,44 +179,27 @@ class Allocation:
     def load(cls, path: str | PathLike[str]) -> Self:
         """Read what `save` wrote.
 
-        Args:
-            path: The file.
-
-        Returns:
-            The allocation.
-
-        Raises:
-            OSError: If the file cannot be read.
-            InvalidFileError: If it is not an allocation, or was written by a newer version of fim-lora.
+        Raises `OSError` if the file cannot be read, and `InvalidFileError` if it is damaged, not an allocation, or
+        from a newer version of fim-lora.
         """
-        content = read_json(path, "fim_allocation", SCHEMA_VERSION)
-        try:
-            return cls.from_dict(content)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-            raise InvalidFileError(f"{path} is damaged: {error!r}. Allocate again.") from error
+        return read_json(path, "fim_allocation", SCHEMA_VERSION, cls.from_dict, "Allocate again.")
 
     def __str__(self) -> str:
-        heading = (
-            f"{len(self.ranks)} layers, budget {self.budget_used:,} of {self.budget:,} {self.budget_unit}, "
-            f"{self.scores.measured}"
-        )
-        return f"{heading}\n\n{format_grid(self.ranks)}"
+        used = f"{self.budget_used:,} of {self.budget:,} {self.budget_unit}"
+        return f"{len(self.ranks)} layers, budget {used}, {self.scores.measured}\n\n{format_grid(self.ranks)}"
 
 
 def _rank_steps(scores: FimScores, fim_config: FimConfig) -> dict[str, int]:
     """Orthogonal initialization in PEFT accepts only even ranks."""
-    least = 2 if fim_config.init_lora_weights == "orthogonal" else 1
-    return {name: math.lcm(step, least) for name, step in scores.rank_steps.items()}
+    step_of_init = 2 if fim_config.init_lora_weights == "orthogonal" else 1
+    return {name: math.lcm(step, step_of_init) for name, step in scores.rank_steps.items()}
 
 
 def _alpha_with_same_scaling(alpha: float, base_rank: int, rank: int, use_rslora: bool) -> float:
-    if rank == 0:
-        return alpha
-    if use_rslora:
-        return _integer_if_whole(alpha * math.sqrt(rank / base_rank))
-    return _integer_if_whole(alpha * rank / base_rank)
+    scaled = alpha * math.sqrt(rank / base_rank) if use_rslora else alpha * rank / base_rank
+    return alpha if rank == 0 else _integer_if_whole(scaled)
 
 
 def _integer_if_whole(value: float) -> float:
-    """PEFT documents `lora_alpha` as an integer, and some readers of the config insist on it."""
+    """PEFT documents `lora_alpha` as an integer, and some readers of the config require one."""
     return int(value) if float(value).is_integer() else value

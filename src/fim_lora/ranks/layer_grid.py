@@ -1,7 +1,5 @@
 """Layer names as grids: depth as rows, kinds of layer as columns, one grid for each stack of the model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,19 +7,16 @@ from dataclasses import dataclass, field
 # The names that `nn.ModuleList` gives its modules; two different names are never the same number.
 _DEPTH = re.compile("0|[1-9][0-9]{0,8}")
 
-# A model of a thousand blocks of two hundred layers. Names made to fill memory can need a row and a column each.
+# Enough for a thousand blocks of two hundred layers. Malicious names can need a row and a column each.
 _MAX_CELLS = 200_000
 
 
 @dataclass
 class LayerGrid:
-    """One stack of layers, such as the encoder.
+    """One stack of layers, such as the encoder: depths label the rows, kinds of layer the columns.
 
-    Attributes:
-        stack: Name of the stack, the part of the layer names before the depth; may be empty.
-        depths: Row labels; `None` is the row of layers without a depth.
-        kinds: Column labels.
-        cells: Row and column label to layer name.
+    `stack` is the part of the layer names before the depth; it may be empty. Depth `None` is the row of layers without
+    a depth. `cells` has the name of the layer at each depth and kind.
     """
 
     stack: str

@@ -1,7 +1,5 @@
 """Water filling: the continuous ranks that use up a budget under bounds, and their rounding to integers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -58,7 +56,7 @@ def _continuous_ranks(weights: Floats, costs: Ints, lower: Ints, upper: Ints, to
 
 
 def _solve_level(weights: Floats, costs: Ints, lower: Ints, upper: Ints, total: float) -> Floats:
-    """Find λ by bisection, which also tells which layers are at a bound; then solve for λ among the rest exactly."""
+    """Find λ by bisection, which also finds the layers at a bound; then solve for λ among the rest exactly."""
     low_cost, high_cost = float((costs * lower).sum()), float((costs * upper).sum())
     if total <= low_cost:
         return lower.astype(np.float64)

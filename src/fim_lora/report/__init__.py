@@ -1,1 +1,1 @@
-"""What people and other tools read of an allocation: pictures and files."""
+"""Pictures and files of an allocation, for people and for other tools."""

@@ -1,16 +1,15 @@
-"""An allocation as text for tools that are driven by files.
+"""Convert an allocation to text, for tools that read files.
 
 A new format is one function from allocation and config to text, and its entry in `_EXPORTERS`.
 """
 
-from __future__ import annotations
-
 import copy
 import csv
 import io
+import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +78,14 @@ def export(allocation: Allocation, config: LoraConfig, file_format: str) -> str:
 
 
 def _csv(allocation: Allocation, config: LoraConfig) -> str:
-    formula = next((name for name in allocation.ranks if name.startswith(_FORMULA_STARTS)), None)
-    if formula is not None:
-        raise ValueError(
-            f"A spreadsheet would evaluate the layer name {formula!r} as a formula: export to another format."
-        )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["layer", "score", "standard_error", "rank"])
     for name, rank in allocation.ranks.items():
+        if name.startswith(_FORMULA_STARTS):
+            raise ValueError(
+                f"A spreadsheet would evaluate the layer name {name!r} as a formula: export to another format."
+            )
         score = allocation.scores[name]
         # None becomes an empty field.
         writer.writerow([name, score.mean, score.standard_error, rank])
@@ -111,12 +109,14 @@ def _axolotl(allocation: Allocation, config: LoraConfig) -> str:
     axolotl has had `lora_rank_pattern` and `lora_alpha_pattern` since 0.18.0. All ranks and alphas in them must be
     integers.
     """
+    deviations = _deviations(config)
     content: dict[str, Any] = {
         "adapter": "lora",
         "lora_r": config.r,
         "lora_alpha": _integer_alpha(config.lora_alpha, "lora_alpha"),
     }
-    content |= _axolotl_targets(allocation, config) | _axolotl_options(config)
+    is_narrowed = bool(_NARROWING_FIELDS & deviations.keys())
+    content |= _axolotl_targets(allocation, config, is_narrowed) | _axolotl_options(deviations)
     if config.rank_pattern:
         content["lora_rank_pattern"] = dict(config.rank_pattern)
     if config.alpha_pattern:
@@ -126,21 +126,18 @@ def _axolotl(allocation: Allocation, config: LoraConfig) -> str:
     return yaml.safe_dump(content, sort_keys=False, width=_YAML_WIDTH)
 
 
-def _axolotl_targets(allocation: Allocation, config: LoraConfig) -> dict[str, Any]:
-    is_narrowed = bool(_NARROWING_FIELDS & _deviations(config).keys())
+def _axolotl_targets(allocation: Allocation, config: LoraConfig, is_narrowed: bool) -> dict[str, Any]:
     if config.target_modules is None and config.target_parameters and not is_narrowed:
         return {}
     if config.target_modules is None or is_narrowed:
         names = [re.escape(name) for name, rank in allocation.ranks.items() if rank > 0]
         # A list would also match excluded modules whose names end like one of these.
         return {"lora_target_modules": f"(?:{'|'.join(names)})"}
-    if isinstance(config.target_modules, str):
-        return {"lora_target_modules": config.target_modules}
-    return {"lora_target_modules": sorted(config.target_modules)}
+    targets = config.target_modules
+    return {"lora_target_modules": targets if isinstance(targets, str) else sorted(targets)}
 
 
-def _axolotl_options(config: LoraConfig) -> dict[str, Any]:
-    deviations = _deviations(config)
+def _axolotl_options(deviations: dict[str, Any]) -> dict[str, Any]:
     handled_elsewhere = _RANK_FIELDS | _NARROWING_FIELDS | _DESCRIPTIVE_FIELDS | {"target_modules"}
     options = {}
     for field in sorted(deviations.keys() - handled_elsewhere):
@@ -151,7 +148,8 @@ def _axolotl_options(config: LoraConfig) -> dict[str, Any]:
                 f"axolotl's config has no field for {field}={value!r} of the LoRA config: export to another format, "
                 f"or allocate with a config without {field}."
             )
-        options[_AXOLOTL_KEYS[field]] = _plain(value)
+        # JSON has neither sets nor tuples, so both become lists.
+        options[_AXOLOTL_KEYS[field]] = json.loads(json.dumps(value, default=sorted))
     return options
 
 
@@ -173,17 +171,6 @@ def _integer_alpha(alpha: float, place: str) -> int:
             "lora_alpha that is a multiple of r, or export to another format."
         )
     return int(alpha)
-
-
-def _plain(value: Any) -> Any:
-    """The value in types that YAML has."""
-    if isinstance(value, set):
-        return sorted(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
 
 
 _EXPORTERS: dict[str, Callable[[Allocation, LoraConfig], str]] = {"csv": _csv, "axolotl": _axolotl, "peft": _peft}

@@ -1,7 +1,5 @@
 """The rank map, a picture: depth as rows, kinds of layer as columns, the rank as color and number."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from os import PathLike
 
@@ -43,7 +41,7 @@ def draw_rank_map(allocation: Allocation, path: str | PathLike[str]) -> None:
 
     Args:
         allocation: The allocation.
-        path: The picture. Its suffix, such as `.png`, `.pdf` or `.svg`, decides the format.
+        path: The picture. Its suffix, such as `.png`, `.pdf` or `.svg`, determines the format.
 
     Raises:
         OSError: If the file cannot be written.
@@ -81,7 +79,7 @@ def _figure(grids: Sequence[LayerGrid], allocation: Allocation) -> Figure:
     x += _COLOR_BAR_GAP - _PANEL_GAP
     bar_height = min(panel_height, _COLOR_BAR_HEIGHT)
     bar_axes = _add_axes(figure, x, top, _COLOR_BAR_WIDTH, bar_height)
-    _draw_color_bar(bar_axes, norm, allocation, max_ticks=round(bar_height * _TICKS_PER_INCH))
+    _draw_color_bar(bar_axes, norm, _ticks(norm, allocation, max_ticks=round(bar_height * _TICKS_PER_INCH)))
     figure.text(_LEFT / width, 1, _title(allocation), fontsize=_TITLE_SIZE, va="top")
     if notes := _notes(grids, allocation):
         figure.text(_LEFT / width, 0.2 / height, notes, fontsize=_FONT_SIZE, color="0.35", va="top")
@@ -96,12 +94,8 @@ def _add_axes(figure: Figure, x: float, y: float, width: float, height: float) -
 
 
 def _draw_cells(axes: Axes, grid: LayerGrid, allocation: Allocation, norm: Normalize) -> None:
-    ranks = np.full((len(grid.depths), len(grid.kinds)), np.nan)
-    for row, depth in enumerate(grid.depths):
-        for column, kind in enumerate(grid.kinds):
-            name = grid.cells.get((depth, kind))
-            if name is not None:
-                ranks[row, column] = allocation.ranks[name]
+    rank_at = {place: float(allocation.ranks[name]) for place, name in grid.cells.items()}
+    ranks = np.array([[rank_at.get((depth, kind), np.nan) for kind in grid.kinds] for depth in grid.depths])
     axes.patch.set(facecolor="0.96", edgecolor="0.8", hatch="//////")
     # A logarithmic scale has no rank of 0: such cells stay white.
     drawn = np.ma.masked_where(~(ranks > 0), ranks)
@@ -129,10 +123,9 @@ def _label_panel(axes: Axes, grid: LayerGrid) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _draw_color_bar(axes: Axes, norm: Normalize, allocation: Allocation, max_ticks: int) -> None:
+def _draw_color_bar(axes: Axes, norm: Normalize, ticks: Sequence[int]) -> None:
     bar = axes.figure.colorbar(ScalarMappable(norm=norm, cmap=_COLOR_MAP), cax=axes)
     bar.minorticks_off()
-    ticks = _ticks(norm, allocation, max_ticks)
     bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
     bar.ax.tick_params(labelsize=_FONT_SIZE)
     bar.set_label("rank", fontsize=_FONT_SIZE + 1)

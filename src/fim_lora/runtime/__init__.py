@@ -1,1 +1,1 @@
-"""Processes, wrappers, offloading, restored state and files: what all rooms above may use."""
+"""Processes, wrappers, offloading, restored state and files, for all packages above."""

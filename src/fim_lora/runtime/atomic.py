@@ -1,7 +1,5 @@
 """All-or-nothing writing: files are written completely or not at all."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile
@@ -15,9 +13,8 @@ from typing import Any
 def staged_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder; move the files in it to `folder` when the block ends without an exception.
 
-    The temporary folder is created beside `folder` if that does not exist yet, and in it otherwise, so that both are
-    on the same file system. An exception leaves neither the temporary folder nor anything new in `folder`; other files
-    in `folder` stay.
+    The temporary folder is in `folder`, or beside it if `folder` does not exist yet, so that both are on one file
+    system. Other files in `folder` are kept. After an exception the temporary folder and all files in it are deleted.
     """
     folder = folder.resolve()
     is_new = not folder.exists()
@@ -36,11 +33,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, make_folders: bool = False) -> None:
-    """Write a text file completely or not at all.
-
-    Raises:
-        OSError: If the file cannot be written, or its folder does not exist and `make_folders` is false.
-    """
+    """Write a text file. Raises `OSError`, also if its folder does not exist and `make_folders` is false."""
     path = Path(path)
     if not make_folders:
         path.parent.resolve(strict=True)
@@ -49,12 +42,7 @@ def write_text(path: str | os.PathLike[str], text: str, *, make_folders: bool = 
 
 
 def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Write JSON types to a file, completely or not at all.
-
-    Raises:
-        OSError: If the file cannot be written.
-        ValueError: If a number is NaN or infinite.
-    """
+    """Write JSON types to a file. Raises `OSError`, and `ValueError` if a number is NaN or infinite."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 

@@ -1,12 +1,13 @@
 """Reading JSON files of fim-lora that may be damaged or hostile: every value is checked, nothing is executed."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Parsed = TypeVar("Parsed")
 
 # Up to this size all JSON readers read a number as the same integer.
 _LARGEST_INTEGER = 2**53
@@ -18,28 +19,43 @@ class InvalidFileError(ValueError):
     """A file is damaged, of another format, or too new. The message names the file and suggests a fix."""
 
 
-def read_json(path: str | os.PathLike[str], file_format: str, schema_version: int) -> dict[str, Any]:
-    """Read a JSON file and check its `"format"` and its `"schema_version"`, which may be at most `schema_version`.
+def read_json(
+    path: str | os.PathLike[str],
+    file_format: str,
+    schema_version: int,
+    parse: Callable[[Mapping[str, Any]], Parsed],
+    fix: str,
+) -> Parsed:
+    """Parse a JSON file of this `"format"`, and of this or an older `"schema_version"`.
 
-    Raises:
-        OSError: If the file cannot be read.
-        InvalidFileError: If it is not JSON, of another format, or of a newer version.
+    Raises `OSError` if the file cannot be read, and `InvalidFileError` if it is not a regular file, not such JSON, or
+    damaged. For a damaged file the message ends with `fix`.
     """
+    content = _checked_content(path, file_format, schema_version)
+    try:
+        return parse(content)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise InvalidFileError(f"{path} is damaged: {error!r}. {fix}") from error
+
+
+def _checked_content(path: str | os.PathLike[str], file_format: str, schema_version: int) -> dict[str, Any]:
     path = Path(path)
     if path.exists() and not path.is_file():
         # Reading a pipe or a device may never end.
-        raise InvalidFileError(f"{path} is not a regular file.")
+        raise InvalidFileError(f"{path} is not a regular file: pass a file that fim-lora wrote.")
     try:
         content = json.loads(
             path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant
         )
     except (ValueError, RecursionError) as error:
-        raise InvalidFileError(f"{path} is not a JSON file: {error}.") from error
+        raise InvalidFileError(f"{path} is not a JSON file: {error}. Pass a file that fim-lora wrote.") from error
     if not isinstance(content, dict) or content.get("format") != file_format:
-        raise InvalidFileError(f"{path} is not a {file_format} file of fim-lora.")
+        raise InvalidFileError(f"{path} is not a {file_format} file: pass one that fim-lora wrote.")
     found = content.get("schema_version")
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise InvalidFileError(f"{path} has schema_version {found!r}, which is not a positive integer.")
+        raise InvalidFileError(
+            f"{path} has schema_version {found!r}, which is not a positive integer: pass a file that fim-lora wrote."
+        )
     if found > schema_version:
         raise InvalidFileError(
             f"{path} has schema_version {found}, but this fim-lora reads up to {schema_version}: upgrade fim-lora."
@@ -57,10 +73,7 @@ def require_integer(value: Any, at_least: int) -> int:
 
 
 def require_number(value: Any) -> float:
-    """Return the value; raise TypeError for "3" and true, ValueError if it is NaN or infinite.
-
-    Raises OverflowError for an integer that is too large for a float.
-    """
+    """Return the value; raise TypeError for "3" and true, ValueError for NaN and inf, OverflowError for 10**400."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{value!r} is not a number")
     if not math.isfinite(value):
@@ -76,10 +89,9 @@ def require_boolean(value: Any) -> bool:
 
 
 def require_layer_name(value: str) -> str:
-    """Return the value; raise ValueError if it cannot be the name of a layer.
+    """Return the value; raise ValueError if it is empty or very long, or not printable.
 
-    The name must not be empty or very long, and must be printable, because control characters move the cursor of a
-    terminal.
+    Control characters could move the cursor of a terminal.
     """
     if not 0 < len(value) <= _LONGEST_NAME:
         raise ValueError(f"a layer name has {len(value)} characters, not 1 to {_LONGEST_NAME}")

@@ -1,10 +1,8 @@
-"""Exchange between the processes of a distributed run, such that no process waits for one that has failed.
+"""Exchange between the processes of a distributed run, so that no process waits for one that has failed.
 
-In a single process, nothing here communicates. Otherwise any backend of `torch.distributed` works; FSDP, DDP and
-Accelerate set it up.
+In a single process, nothing here communicates. Otherwise any backend of `torch.distributed` works, as FSDP, DDP or
+Accelerate have set it up.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -39,12 +37,10 @@ def is_main_process() -> bool:
 
 
 def gather_from_all(function: Callable[[], T]) -> list[T]:
-    """Call a function in every process and return the results of all processes, in their order.
+    """Call a function in every process and return the pickled results of all, in the order of the processes.
 
     If the function raises in this process, its error is raised here. If it raises in another one, this process raises
-    RuntimeError with that process's number and error.
-
-    The function returns something that can be pickled. It must not communicate itself: a process that raises
+    RuntimeError with that process's number and error. The function must not communicate itself: a process that raises
     would leave the others waiting.
     """
     if num_processes() == 1:
@@ -76,9 +72,9 @@ def run_on_all(function: Callable[[], T]) -> T:
 def batches_in_lockstep(dataloader: Iterable[Any], limit: int, with_stand_ins: bool) -> Iterator[tuple[Any, bool]]:
     """Yield up to `limit` batches of this process, in as many turns as the process with the most batches has.
 
-    Each item is a batch and whether it belongs to this process. In a turn without its own batch, a process gets the
-    batch of another process as a stand-in if `with_stand_ins`, which is needed if all processes must take part in each
-    pass through the model; otherwise it gets `None`. Errors of a dataloader are raised as in `gather_from_all`.
+    Each item is a batch and whether it belongs to this process. In a turn without its own batch, a process gets
+    `None`; with `with_stand_ins` it gets the batch of another process, which is needed if all processes must take part
+    in each pass through the model. Errors of a dataloader are raised as in `gather_from_all`.
     """
     batches: Iterator[Any] | None = None
     batch: Any = None
@@ -101,7 +97,7 @@ def batches_in_lockstep(dataloader: Iterable[Any], limit: int, with_stand_ins: b
 def shared_random_numbers(*tensors: torch.Tensor) -> Iterator[None]:
     """Inside the block all processes draw the random numbers of process 0; outside it each continues its own.
 
-    `tensors` are on the devices, apart from the CPU, where random numbers are drawn.
+    Random numbers are drawn on the CPU and on the devices of `tensors`.
     """
     if num_processes() == 1:
         yield

@@ -1,7 +1,5 @@
 """Training mode and `requires_grad`, set for a while and restored."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def requires_grad_restored(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Restore `requires_grad` of every parameter afterwards, also after an exception."""
+    """Restore `requires_grad` of every parameter afterward, also after an exception."""
     before = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         yield
@@ -21,7 +19,7 @@ def requires_grad_restored(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without trainable parameters; afterwards both are restored per module and per parameter."""
+    """Put the model into eval mode and freeze its parameters; restore both per module and per parameter at the end."""
     training = [(module, module.training) for module in model.modules()]
     with requires_grad_restored(model.parameters()):
         try:

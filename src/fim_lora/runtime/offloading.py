@@ -1,7 +1,5 @@
 """Weights that Accelerate keeps on the CPU or on disk and loads for each pass through their module."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +15,9 @@ def is_offloaded(module: nn.Module) -> bool:
 
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Load the offloaded weights of the modules; inside the block a pass neither loads nor drops them.
+    """Load the offloaded weights of the modules until the block ends, and then discard them, with any changes.
 
-    Changes to these weights are lost when the block ends.
+    Passes inside the block neither load nor discard them.
     """
     loaded = []
     try:

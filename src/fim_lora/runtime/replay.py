@@ -1,7 +1,5 @@
 """The state on which a call depends besides its arguments and weights, so that it can be repeated."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,18 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.checkpoint import get_device_states, set_device_states
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """State of the random number generators of the host, and of the devices of some tensors.
-
-    Attributes:
-        host: State of the host.
-        devices: Index of each device.
-        states: State of each device.
-        device_type: Type of the devices.
-    """
+    """State of the random number generators of the host, and of devices of one type: their indices and states."""
 
     host: Tensor
     devices: list[int]
@@ -30,15 +22,15 @@ class RandomState:
     device_type: str
 
     @classmethod
-    def capture(cls, *tensors: Any) -> RandomState:
-        """Capture the current state; tensors anywhere in `tensors` tell the devices."""
+    def capture(cls, *tensors: Any) -> Self:
+        """Capture the current state of the host and of the devices of all tensors in these nested values."""
         types = (leaf.device.type for leaf in tree_flatten(tensors)[0] if isinstance(leaf, Tensor))
         device_type = next((name for name in types if name not in ("cpu", "meta")), "cuda")
         return cls(torch.get_rng_state(), *get_device_states(*tensors), device_type=device_type)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, random numbers repeat those drawn after the capture. Outside, nothing changes."""
+        """Inside the block, random numbers repeat those drawn after the capture. Outside it, nothing changes."""
         with torch.random.fork_rng(self.devices, device_type=self.device_type):
             torch.set_rng_state(self.host)
             set_device_states(self.devices, self.states, device_type=self.device_type)
@@ -47,26 +39,21 @@ class RandomState:
 
 @dataclass(frozen=True)
 class CallState:
-    """State of random numbers and autocast at a call.
-
-    Attributes:
-        random: The random numbers.
-        autocast: Device type to whether autocast is on, and the dtype that it computes in.
-    """
+    """State of random numbers and autocast at a call: by device type, whether autocast is on, and its dtype."""
 
     random: RandomState
     autocast: Mapping[str, tuple[bool, torch.dtype]]
 
     @classmethod
-    def capture(cls, *tensors: Any) -> CallState:
-        """Capture the current state; tensors anywhere in `tensors` tell the devices."""
+    def capture(cls, *tensors: Any) -> Self:
+        """Capture the current state of the host and of the devices of all tensors in these nested values."""
         random = RandomState.capture(*tensors)
         types = {"cpu", random.device_type}
         return cls(random, {name: (torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in types})
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, a call behaves as at the capture. Outside, nothing changes."""
+        """Inside the block, a call behaves as at the capture. Outside it, nothing changes."""
         with ExitStack() as stack:
             for device_type, (enabled, dtype) in self.autocast.items():
                 if enabled or torch.is_autocast_enabled(device_type):

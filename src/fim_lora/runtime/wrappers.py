@@ -1,7 +1,5 @@
 """Modules that wrap a model, or parts of it, for parallel training, checkpointing or compilation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import cast
 
@@ -27,18 +25,16 @@ def strip_wrapper_names(name: str) -> str:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside the wrappers of FSDP1, checkpointing and compilation, or the module itself."""
-    while True:
-        attribute = next((name for wrapper, name in _WRAPPER_ATTRIBUTES.items() if isinstance(module, wrapper)), None)
-        if attribute is None:
-            return module
-        module = getattr(module, attribute)
+    for wrapper, attribute in _WRAPPER_ATTRIBUTES.items():
+        if isinstance(module, wrapper):
+            return unwrap(getattr(module, attribute))
+    return module
 
 
 def unwrap_engine(model: nn.Module) -> nn.Module:
     """The model inside `DistributedDataParallel`, `DataParallel` or DeepSpeed's engine, compiled or not; or itself.
 
-    These engines only synchronize the gradients of parameters and step the optimizer. Wrappers that shard the model
-    stay.
+    These only synchronize the gradients of parameters and step the optimizer. Wrappers that shard the model are kept.
     """
     while _is_engine(inside := unwrap(model)):
         model = cast(nn.Module, inside.module)
@@ -63,6 +59,7 @@ def uses_fsdp1(model: nn.Module) -> bool:
 
 
 def _is_engine(module: nn.Module) -> bool:
-    # By its name, because importing DeepSpeed takes seconds, and most users do not need it.
+    # DeepSpeed's engine is recognized by its name, because importing DeepSpeed takes seconds, and most users do not
+    # need it.
     names = {parent.__name__ for parent in type(module).__mro__}
     return isinstance(module, (DistributedDataParallel, DataParallel)) or "DeepSpeedEngine" in names

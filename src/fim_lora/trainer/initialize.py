@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import LoraConfig
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
@@ -67,30 +68,25 @@ def initialize_lora_fim_ranks_for_trainer(
     config = awaiting_config(model, adapter_name)
     _require_untrained(trainer)
     require_unmerged(model)
-    with _batches(trainer) as batches, _metrics_kept(trainer):
+    forward_fn = _forward_fn(trainer)
+    with _training_batches(trainer) as batches:
         if resume_from_checkpoint:
-            scores = run_on_all(lambda: _previous_scores(_folder_of(trainer, resume_from_checkpoint), config))
+            scores = run_on_all(lambda: _previous_scores(trainer, resume_from_checkpoint, config))
         else:
             scores = scores_of_adapter(
                 model,
                 adapter_name,
                 batches,
                 config,
-                _forward_fn(trainer),
+                forward_fn,
                 show_progress_bar,
                 loss_communicates=True,
                 sequences_per_example=_sequences_per_example(trainer),
             )
         # The checkpoint may be in another folder.
         with _saved(RankAllocation.from_scores(scores, config), Path(trainer.args.output_dir) / ALLOCATION_FILE):
-            return initialize_lora_fim_ranks(
-                model,
-                batches if config.fim_config.init_lora_weights == "eva" else None,
-                scores,
-                _forward_fn(trainer),
-                adapter_name,
-                show_progress_bar,
-            )
+            eva_batches = batches if config.fim_config.init_lora_weights == "eva" else None
+            return initialize_lora_fim_ranks(model, eva_batches, scores, forward_fn, adapter_name, show_progress_bar)
 
 
 def _require_untrained(trainer: Trainer) -> None:
@@ -121,26 +117,20 @@ def _forward_fn(trainer: Trainer) -> Any:
 
 
 @contextmanager
-def _batches(trainer: Trainer) -> Iterator[Any]:
-    """The training batches; afterwards Accelerate does not believe that the trainer is in the middle of them."""
+def _training_batches(trainer: Trainer) -> Iterator[Any]:
+    """Yield the dataloader; then restore what its batches, and losses computed from them, changed in the trainer."""
     dataloader = trainer.get_train_dataloader()
+    # Trainers of TRL collect metrics whenever they compute a loss, and average them into the next log.
+    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
     try:
         yield dataloader
     finally:
+        if metrics is not None:
+            trainer._metrics = metrics
+        # Otherwise Accelerate would treat the trainer as being in the middle of these batches.
         state = trainer.accelerator.gradient_state
         if any(reference is dataloader for reference in state.dataloader_references):
             dataloader.end()
-
-
-@contextmanager
-def _metrics_kept(trainer: Trainer) -> Iterator[None]:
-    """Restore the metrics that trainers of TRL collect whenever they compute a loss, and average into the next log."""
-    before = copy.deepcopy(getattr(trainer, "_metrics", None))
-    try:
-        yield
-    finally:
-        if before is not None:
-            trainer._metrics = before
 
 
 @contextmanager
@@ -157,17 +147,16 @@ def _saved(allocation: RankAllocation, path: Path) -> Iterator[None]:
         yield
 
 
-def _folder_of(trainer: Trainer, resume_from_checkpoint: str | bool) -> Path:
-    """The folder that contains the checkpoint."""
-    if not isinstance(resume_from_checkpoint, bool):
-        return Path(resume_from_checkpoint).parent
-    folder = Path(trainer.args.output_dir)
-    if not folder.is_dir() or get_last_checkpoint(folder) is None:
-        raise ValueError(f"There is no checkpoint in {folder} to resume from.")
-    return folder
-
-
-def _previous_scores(folder: Path, config: Any) -> FimScores:
+def _previous_scores(trainer: Trainer, resume_from_checkpoint: str | bool, config: LoraConfig) -> FimScores:
+    """The scores beside the checkpoint, if the config still gives the ranks with which it was trained."""
+    if isinstance(resume_from_checkpoint, bool):
+        folder = Path(trainer.args.output_dir)
+        if not folder.is_dir() or get_last_checkpoint(folder) is None:
+            raise ValueError(
+                f"There is no checkpoint in {folder} to resume from: pass its folder, or omit resume_from_checkpoint."
+            )
+    else:
+        folder = Path(resume_from_checkpoint).parent
     path = folder / ALLOCATION_FILE
     before = RankAllocation.load(path)
     now = RankAllocation.from_scores(before.scores, config)

@@ -86,7 +86,7 @@ def test_no_positions_means_no_gradient():
     assert squared_norms(torch.ones(2, 0, 3), torch.ones(2, 0, 4)).tolist() == [0, 0]
 
 
-def test_cancelling_gradients_stay_exact():
+def test_canceling_gradients_stay_exact():
     """Softmax gradients sum to nearly zero over positions that share a large common input."""
     torch.manual_seed(0)
     x = torch.randn(2, 256, 32, dtype=torch.float64) + 5

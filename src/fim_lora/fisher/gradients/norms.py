@@ -6,8 +6,6 @@ its gradient (Goodfellow 2015, arXiv:1510.01799; Li et al. 2021, arXiv:2110.0567
 sharded or offloaded.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -26,26 +24,17 @@ from .products import (
 from .sketch import Sketch, max_exact_positions, sketched_squared_norms
 
 _MIN_HALF = 64
-"""Positions in the smallest half of a Gram matrix that is computed separately because of its symmetry."""
+"""Fewest positions in a half of a Gram matrix for which the symmetry is used."""
 
 
 def squared_norms(
     x: Tensor, g: Tensor, max_temporary_bytes: int = MAX_TEMPORARY_BYTES, sketch: Sketch | None = None
 ) -> Tensor:
-    """`‖g_tᵀ x_t‖²_F` of every example t, in the cheaper of two forms (Bu et al. 2022, arXiv:2205.10683).
+    """`‖g_tᵀ x_t‖²_F` (B) from x (B × T × d_in) and g (B × T × d_out), in the cheaper of two forms.
 
-    Computed in float32, or in float64 if a tensor is float64, regardless of autocast. If a GPU multiplies in half
-    precision, products and sums are in float32 nevertheless. Long examples may be read through a random projection
-    instead.
-
-    Args:
-        x: Input of the layer (B × T × d_in).
-        g: Gradient of its output (B × T × d_out).
-        max_temporary_bytes: Bound of the temporary memory, in bytes.
-        sketch: The projection for examples of more than `max_exact_positions`; `None` to be exact in any case.
-
-    Returns:
-        Squared norms (B), float32 or float64.
+    The choice is that of Bu et al. 2022, arXiv:2205.10683. Products and sums are in float32, or in float64 if a tensor
+    is float64, regardless of autocast, and even if a GPU multiplies in half precision. `max_temporary_bytes` bounds
+    the temporary memory. Examples of more than `max_exact_positions` are read through `sketch`, if it is given.
     """
     positions, d_in, d_out = x.shape[1], x.shape[2], g.shape[2]
     if positions == 0:  # an expert that no token was routed to

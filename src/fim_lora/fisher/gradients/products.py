@@ -1,8 +1,5 @@
-"""Matrix products in float32 of half-precision factors, which are not copied if a GPU can do so, and their blocks."""
+"""Matrix products of half-precision factors in float32, without a copy of the factors where a GPU allows it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,17 +9,14 @@ from torch import Tensor
 MAX_TEMPORARY_BYTES = 64 * 2**20
 """Bound of the temporary memory of the norms of matrices, in bytes, for any batch size and length."""
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
+_HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 # In PyTorch 2.8 and newer, with NVIDIA's library.
 _GPU_SUMS_IN_FLOAT32 = "dtype" in torch.ops.aten.bmm.overloads() and torch.version.hip is None
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """`left @ right` (B × m × k, B × k × n) with every product and sum in `dtype`.
-
-    `dtype` is float32 or float64, and at least as precise as the factors.
-    """
+    """`left @ right` (B × m × k, B × k × n), computed in float32 or float64, at least as precise as the factors."""
     if left.dtype != dtype and multiplies_uncopied(left, right, dtype):
         return torch.bmm(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)
@@ -40,7 +34,8 @@ def product_with_small_right(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` (B × m × k, B × k × n) in the precision of `right`, float32 or float64.
 
     `right` is much smaller than `left` and may be more precise. If that avoids a copy of `left`, `right` is multiplied
-    as two matrices in bfloat16 beside each other, whose sum has 16 bits of every number of `right`: to 4e-6.
+    as two matrices in bfloat16 beside each other. Their sum has 16 bits of every number of `right`, so its relative
+    error is at most 4e-6.
     """
     if left.dtype == right.dtype or not multiplies_small_right_uncopied(left, right.dtype):
         return product(left, right, right.dtype)
@@ -59,7 +54,7 @@ def multiplies_uncopied(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool
         return False
     if left.dtype == dtype:
         return True
-    return _GPU_SUMS_IN_FLOAT32 and left.is_cuda and left.dtype in HALF_PRECISION and dtype == torch.float32
+    return _GPU_SUMS_IN_FLOAT32 and left.is_cuda and left.dtype in _HALF_PRECISION and dtype == torch.float32
 
 
 def multiplies_small_right_uncopied(left: Tensor, dtype: torch.dtype) -> bool:
@@ -71,7 +66,7 @@ def multiplies_small_right_uncopied(left: Tensor, dtype: torch.dtype) -> bool:
 
 
 def copied_features(*factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> int:
-    """Numbers per position that are copied to compute in `dtype`, of the first factor of each pair."""
+    """How many numbers per position of the first factor of each pair are copied to compute in `dtype`."""
     return sum(
         tensor.shape[2]
         for tensor, other in factors
@@ -80,7 +75,7 @@ def copied_features(*factors: tuple[Tensor, Tensor], dtype: torch.dtype) -> int:
 
 
 def copied_if_needed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor, as a copy in `dtype` if its product with a tensor of the same dtype needs one."""
+    """The tensor, as a copy in `dtype` if its product with a tensor of its own dtype needs one."""
     return tensor if multiplies_uncopied(tensor, tensor, dtype) else tensor.to(dtype)
 
 
@@ -89,14 +84,11 @@ def compute_dtype(x: Tensor, g: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
 
 
-def slices(length: int, size: int, start: int = 0) -> Iterator[slice]:
+def slices(length: int, size: int, start: int = 0) -> list[slice]:
     """Consecutive slices from `start` to `length`, each of at most `size`."""
-    for first in range(start, length, size):
-        yield slice(first, min(first + size, length))
+    return [slice(first, min(first + size, length)) for first in range(start, length, size)]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off. If it is off already, as in most backward passes, the state is not touched."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    """Switch autocast off. If it is off already, as in most backward passes, its state is not touched."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

@@ -1,7 +1,5 @@
 """`Sketch`: the random projection through which layers are read if examples are long."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from functools import reduce
@@ -42,13 +40,8 @@ class Sketch:
     """Random signs for one layer in one calibration batch, independent of those of all other layers and batches.
 
     They have their own generator, so they do not change the random numbers of the user's training, and the same
-    batches give the same scores.
-
-    Attributes:
-        layer: Name of the layer.
-        batch: Number of the batch in this process.
-        process: Rank of this process.
-        used: Whether signs were drawn, so that the norms of this batch are estimates.
+    batches give the same scores. `batch` is the number of the batch in this process. `used` tells whether signs were
+    drawn, so that the norms of this batch are estimates.
     """
 
     layer: str

@@ -1,4 +1,4 @@
-"""Layer types: one file each, which registers a function that measures the per-example gradients of its weight."""
+"""Layer types: one file each, which registers a function for the per-example gradient norms of the weight."""
 
 # Importing a file registers its layer type: a new layer type has to be added here.
 from . import attention, convolution, embedding, linear, parameter  # noqa: F401

@@ -1,7 +1,5 @@
 """`nn.MultiheadAttention`: four linear projections and the attention between them."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +16,7 @@ from .registry import TargetLayer, Weight, base_layer_of, register_layer_type
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
 
-# Arguments of the layer that PyTorch's attention function takes, too.
+# Arguments that the layer hands on to PyTorch's attention function.
 _ATTENTION_OPTIONS = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 
 
@@ -32,16 +30,14 @@ def _attention_weight(layer: Any) -> Weight:
 def measure_attention(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B), summed over `in_proj_weight` and `out_proj.weight`, which PEFT adapts at one rank.
 
-    Calls have query, key and value, and the gradient of the first output. Raises `UnattributableError`.
+    Only the gradient of the first output counts. Raises `UnattributableError`.
     """
     with onloaded(target.module, target.module.out_proj):
-        by_call = [
-            [by_leading_dimension(x, g, batch_size) for x, g in _inputs_and_gradients(target.module, call)]
-            for call in calls
-        ]
+        by_call = [_inputs_and_gradients(target.module, call) for call in calls]
     norms = []
     for pairs in zip(*by_call, strict=True):
-        x, g = concatenate_calls([(flatten_positions(x), flatten_positions(g)) for x, g in pairs])
+        attributed = [by_leading_dimension(x, g, batch_size) for x, g in pairs]
+        x, g = concatenate_calls([(flatten_positions(x), flatten_positions(g)) for x, g in attributed])
         norms.append(squared_norms(x, g))
     return torch.stack(norms).sum(0)
 
@@ -49,8 +45,8 @@ def measure_attention(target: TargetLayer, calls: Sequence[LayerCall], batch_siz
 def _inputs_and_gradients(layer: nn.MultiheadAttention, call: LayerCall) -> list[tuple[Tensor, Tensor]]:
     """Inputs and output gradients (B × T × d) of the projections of query, key, value and output.
 
-    Query, key and value have one width d, and are B × T × d or T × B × d according to `batch_first`, or T × d; B is 1
-    without a batch. The attention is run again with the random numbers of the call, to get its gradients.
+    Query, key and value have one width d, and are B × T × d or T × B × d according to `batch_first`, or T × d, where B
+    is 1. The attention is run again with the random numbers of the call, to get its gradients.
     """
     bound = _SIGNATURE.bind(layer, *call.args, **call.kwargs)
     bound.apply_defaults()
@@ -79,10 +75,9 @@ def _project_inputs(layer: nn.MultiheadAttention, inputs: Sequence[Tensor]) -> l
 
 
 def _attend(layer: nn.MultiheadAttention, projected: Sequence[Tensor], options: Mapping[str, Any]) -> Tensor:
-    """The input of the output projection.
+    """The input of the output projection, computed by PyTorch's own attention function with identity projections.
 
-    PyTorch's own function computes it, between projections that are the identity. So masks, added biases and dropout
-    are those of the call.
+    Masks, added biases and dropout are therefore those of the call.
     """
     query, key, value = projected
     identity = torch.eye(layer.embed_dim, dtype=query.dtype, device=query.device)

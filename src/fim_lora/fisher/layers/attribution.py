@@ -1,6 +1,4 @@
-"""Which rows of a layer's input belong to which example of the batch: the documented rule."""
-
-from __future__ import annotations
+"""Attribution of the rows of a layer's input to the examples of the batch, by documented rules."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +12,7 @@ class UnattributableError(Exception):
 
 
 def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Make the examples the leading dimension of the input of a linear layer and of the gradient of its output.
+    """Make the examples the leading dimension of the input x of a linear layer and of the gradient g of its output.
 
     The first rule that applies decides:
 
@@ -24,19 +22,11 @@ def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
        the same example.
     4. Otherwise rows cannot be attributed to examples. Tokens routed to an expert are such rows, unless their number
        happens to be a multiple of the batch, which cannot be distinguished from rule 3. Rows cannot be attributed
-       either if rules 2 and 3 both apply, because they contradict each other: windows of an image or of a video, with
-       as many positions as there are examples, look like a sequence whose length is a multiple of the batch.
+       either if rules 2 and 3 both apply and contradict each other: windows of an image or of a video, with as many
+       positions as there are examples, look like a sequence whose length is a multiple of the batch.
 
-    Args:
-        x: Input of the layer (B × … or (B·k) × … or T × B × …).
-        g: Gradient of its output, with the same leading dimensions.
-        batch_size: Examples in the batch, B.
-
-    Returns:
-        `x` and `g` with leading dimension B.
-
-    Raises:
-        UnattributableError: By rule 4.
+    `x` is B × …, (B·k) × … or T × B × …, and `g` has the same leading dimensions. Both are returned with leading
+    dimension B. Raises `UnattributableError` by rule 4.
     """
     if x.ndim == 1:
         x, g = x.unsqueeze(0), g.unsqueeze(0)
@@ -50,8 +40,8 @@ def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
 def by_leading_dimension(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """As `by_example` without rule 2, for a layer whose second dimension is never the batch, such as channels.
 
-    It takes `x` and `g` as (B × …) or ((B·k) × …), and returns them as (B × …) or (B × k × …). Raises
-    `UnattributableError` if the leading dimension is not a multiple of the batch.
+    `x` and `g`, as B × … or (B·k) × …, are returned as B × … or B × k × …. Raises `UnattributableError` if the leading
+    dimension is not a multiple of the batch.
     """
     if x.shape[0] == batch_size:
         return x, g
@@ -74,7 +64,7 @@ def concatenate_calls(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
 
 
 def batch_size_of(batch: Any, main_input_name: str | None = None) -> int | None:
-    """Number of examples in a batch: a mapping, sequence or tensor, or a nesting of these.
+    """Number of examples in a batch, which is a tensor or a nesting of mappings and sequences of tensors.
 
     It is the leading dimension of the main input (`model.main_input_name` in transformers) if the batch has it, else
     of the first tensor that has a dimension; `None` without such a tensor.

@@ -1,7 +1,5 @@
 """`LayerCall`: one call of a layer together with the gradients of its outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -9,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from typing_extensions import Self
 
 from ...runtime.replay import CallState
 from ..gradients.sketch import Sketch
@@ -19,11 +18,11 @@ class LayerCall:
     """One call of a layer, after its backward pass.
 
     Attributes:
-        args: Positional arguments; only the input for a layer that is not run again.
-        kwargs: Keyword arguments.
-        outputs: The outputs that may have a gradient, for a layer that is run again; `None` in the place of others.
-        state: State before the call, for a layer that is run again.
-        gradients: Gradients of the loss with respect to the outputs; `None` where there is none.
+        args: Positional arguments; only the input, unless the layer needs replay.
+        kwargs: Keyword arguments, if the layer needs replay.
+        outputs: The outputs, if the layer needs replay; `None` in the place of those that cannot have a gradient.
+        state: State before the call, if the layer needs replay.
+        gradients: Gradients of the loss with respect to the outputs; `None` for outputs without one.
         sketch: The random projection through which long examples may be read; `None` to be exact.
     """
 
@@ -44,16 +43,11 @@ class LayerCall:
         """The gradient g of the first output, for layers of which only that one may have a gradient."""
         return cast(Tensor, self.gradients[0])
 
-    def grouped_by_example(self, examples: int, sequences: int, keep_rows: bool) -> LayerCall:
-        """Bring the sequences of an example together, in a batch that holds all first ones, then all second ones.
+    def grouped_by_example(self, examples: int, sequences: int, keep_rows: bool) -> Self:
+        """Bring the k sequences of each of B examples together: rows t, t + B, … of k · B are those of example t.
 
-        Args:
-            examples: Examples, B.
-            sequences: Sequences that make up one example, k. Rows t, t + B, … of k · B are those of example t.
-            keep_rows: Whether the leading dimension stays k · B and its multiples, for a layer that is run again.
-
-        Returns:
-            The call with every tensor (k · B · m × …) as (B × k · m × …), or with `keep_rows` as (B · k · m × …).
+        Every tensor (k · B · m × …) becomes (B × k · m × …), or with `keep_rows`, for a layer that is run again,
+        (B · k · m × …).
         """
 
         def grouped(value: Any) -> Any:
@@ -66,7 +60,7 @@ class LayerCall:
         return replace(self, args=args, kwargs=kwargs, outputs=outputs, gradients=gradients)
 
     def restored_state(self) -> AbstractContextManager[None]:
-        """Context manager: random numbers and autocast inside are those of the call."""
+        """Context manager, inside which random numbers and autocast are those of the call."""
         return nullcontext() if self.state is None else self.state.restored()
 
 

@@ -1,7 +1,5 @@
 """Convolutions with any stride, padding, dilation and groups, by PyTorch's own gradient of the weight."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -35,37 +33,18 @@ def _convolution_weight(layer: Any) -> Weight:
 
 @register_layer_type(nn.Conv1d, nn.Conv2d, nn.Conv3d, weight=_convolution_weight)
 def measure_convolution(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
-    """`‖G_t‖²_F` (B) from inputs (B × C_in × …) and gradients (B × C_out × …), or from those of a single image.
+    """`‖G_t‖²_F` (B), in float32 or float64, from inputs (B × C_in × …) and gradients (B × C_out × …).
 
-    Raises `UnattributableError`.
+    Inputs are not unfolded, and only the gradient of one example exists at a time. Raises `UnattributableError`.
     """
-    num_dimensions = target.module.weight.ndim  # of a batch of images, too
-    pairs = []
-    for call in calls:
-        x, g = call.input, call.gradient
-        if x.ndim < num_dimensions:
-            x, g = x.unsqueeze(0), g.unsqueeze(0)
-        x, g = by_leading_dimension(x, g, batch_size)
-        # (B × n × C × …), because an example may have n images.
-        x, g = (value.reshape(batch_size, -1, *value.shape[1 - num_dimensions :]) for value in (x, g))
-        pairs.append((x, g))
-    return convolution_squared_norms(target.module, pairs)
-
-
-def convolution_squared_norms(
-    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, pairs: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """`‖G_t‖²_F` (B), in float32 or float64, one example at a time.
-
-    There is one pair for each call: input (B × n × C_in × …) and gradient of the output (B × n × C_out × …). Only the
-    geometry of the layer is used. Inputs are not unfolded, and only one gradient of the weight exists at a time.
-    """
+    layer = target.module
+    pairs = [_images_by_example(call, layer.weight.ndim, batch_size) for call in calls]
     weight_gradient = _WEIGHT_GRADIENTS[layer.weight.ndim - 2]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     dtype = compute_dtype(*pairs[0])
     norms = []
     with torch.no_grad(), without_autocast(pairs[0][0].device.type):
-        for example in range(len(pairs[0][0])):
+        for example in range(batch_size):
             gradient = sum(
                 weight_gradient(
                     F.pad(x[example].to(dtype), layer._reversed_padding_repeated_twice, mode=mode),
@@ -79,3 +58,13 @@ def convolution_squared_norms(
             )
             norms.append(torch.linalg.vector_norm(gradient).square())
     return torch.stack(norms)
+
+
+def _images_by_example(call: LayerCall, num_dimensions: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Input and gradient (B × n × C × …), because an example may have n images; B and n are 1 for a single image."""
+    x, g = call.input, call.gradient
+    if x.ndim < num_dimensions:
+        x, g = x.unsqueeze(0), g.unsqueeze(0)
+    x, g = by_leading_dimension(x, g, batch_size)
+    image = 1 - num_dimensions  # the dimensions of one image are the last ones
+    return x.reshape(batch_size, -1, *x.shape[image:]), g.reshape(batch_size, -1, *g.shape[image:])

@@ -1,7 +1,5 @@
 """Embeddings: row i of `G_t` is the sum of `g` over the positions of example t that hold id i."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,6 +1,4 @@
-"""Linear layers, quantized or not."""
-
-from __future__ import annotations
+"""Linear layers, quantized or not: `nn.Linear`, `Conv1D` of transformers, and PEFT's layers for quantized ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,8 +37,8 @@ def _conv1d_weight(layer: Any) -> Weight:
 def measure_linear(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B) with `G_t = g_tᵀ x_t`, from inputs (B × … × d_in) and gradients (B × … × d_out).
 
-    Every dimension before the features is a position. Long examples are read through `LayerCall.sketch`, if it is
-    given. Raises `UnattributableError`, and `ValueError` if only a part of the layer is in this process.
+    All dimensions between are positions. Long examples are read through `LayerCall.sketch`, if it is given. Raises
+    `UnattributableError`, and `ValueError` if only a part of the layer is in this process.
     """
     for call in calls:
         found = (call.gradient.shape[-1], call.input.shape[-1])

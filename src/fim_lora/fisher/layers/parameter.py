@@ -1,7 +1,5 @@
 """Parameters of any module, such as the experts of a mixture, by running the module again for every example."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +13,8 @@ from .attribution import UnattributableError
 from .call import LayerCall
 from .registry import TargetLayer, Weight, register_layer_type
 
-# Largest difference between the outputs of the two runs of a layer, relative to the norm: far above the differences
-# between kernels for different shapes in bfloat16, far below those that rows of the wrong example make.
+# Largest difference between the outputs of the two runs of a layer, relative to the norm. It is far above the
+# differences between kernels for different shapes in bfloat16, and far below those of rows of the wrong example.
 _OUTPUT_TOLERANCE = 0.05
 
 
@@ -33,12 +31,9 @@ def measure_parameter(target: TargetLayer, calls: Sequence[LayerCall], batch_siz
     """`‖G_t‖²_F` (B) over all entries of the parameter: over all experts, if it holds several.
 
     The rows of inputs and outputs belong to examples, such as (B · T × d) of experts. The gradients of all outputs
-    count. The temporary memory is one gradient of the parameter, and what the module keeps for one example.
-
-    Raises:
-        UnattributableError: If the output for an example alone differs from that in its batch.
-        RuntimeError: If the module gives another output when it is run again with the same arguments.
-        TypeError: If the parameter cannot have a gradient.
+    count. The temporary memory is one gradient of the parameter, and what the module keeps for one example. Raises
+    `UnattributableError` if the output for an example alone differs from that in its batch, `RuntimeError` if the
+    module gives another output when it is run again, and `TypeError` if the parameter cannot have a gradient.
     """
     with onloaded(target.module):
         weight = getattr(target.module, str(target.parameter_name))
@@ -93,7 +88,7 @@ def _run_again(target: TargetLayer, call: LayerCall, example: int, batch_size: i
     expected = [
         output if gradient is not None else None for output, gradient in zip(call.outputs, call.gradients, strict=True)
     ]
-    if _divisible(expected, batch_size) and _close(outputs, _rows_of_example(expected, example, batch_size)):
+    if _is_divisible(expected, batch_size) and _is_close(outputs, _rows_of_example(expected, example, batch_size)):
         return outputs
     if batch_size > 1:
         raise UnattributableError
@@ -104,15 +99,15 @@ def _run_again(target: TargetLayer, call: LayerCall, example: int, batch_size: i
     )
 
 
-def _divisible(outputs: Sequence[Tensor | None], batch_size: int) -> bool:
+def _is_divisible(outputs: Sequence[Tensor | None], batch_size: int) -> bool:
     """Whether the rows of every output can be divided among the examples; those of a mean over the batch cannot."""
     return batch_size == 1 or not any(
         output is not None and (output.ndim == 0 or output.shape[0] % batch_size) for output in outputs
     )
 
 
-def _close(outputs: Sequence[Any], expected: Sequence[Tensor | None]) -> bool:
-    """Whether the outputs equal the expected ones up to the tolerance; `None` expects nothing."""
+def _is_close(outputs: Sequence[Any], expected: Sequence[Tensor | None]) -> bool:
+    """Whether the outputs equal the expected ones up to the tolerance; `None` is not compared."""
     return len(outputs) == len(expected) and all(
         before is None
         or (output.shape == before.shape and bool((output - before).norm() <= _OUTPUT_TOLERANCE * before.norm()))

@@ -1,7 +1,5 @@
 """The registry of layer types, in which a layer is looked up by its class."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +22,8 @@ class Weight:
     Attributes:
         d_out: Number of outputs of the matrix B A.
         d_in: Number of inputs of the matrix B A.
-        num_entries: Number of entries of the weight. `None` for `d_out · d_in`.
-        parameters_per_rank: Adapter parameters of one rank. `None` for `d_in + d_out`.
+        num_entries: Number of entries of the weight; `None` for `d_out · d_in`.
+        parameters_per_rank: Adapter parameters of one rank; `None` for `d_in + d_out`.
         rank_step: PEFT accepts only ranks that are divisible by it.
     """
 
@@ -49,12 +47,12 @@ class LayerType:
         squared_norms: Function of the target layer, its calls in one forward pass and the number of examples B. It
             returns `‖G_t‖²_F` (B), for the loss as it was back-propagated: without the factor B² that a mean over the
             batch needs. It raises `UnattributableError` if rows of the input do not belong to an example.
-        weight: Function of PEFT's LoRA layer or of the plain base layer. It returns the dimensions, which it reads
+        weight: Function of PEFT's LoRA layer or of the plain base layer, which returns the dimensions. It reads them
             from attributes, because a sharded or offloaded weight may be empty at that time.
         needs_replay: Whether `squared_norms` runs the layer again. Its calls then have all arguments, the outputs and
             the state of the random numbers; otherwise they have only the input and the gradient of the output.
-        all_outputs: Whether `squared_norms` of a layer that is run again uses the gradients of all outputs.
-            Otherwise only the first output may have a gradient.
+        all_outputs: Whether `squared_norms` of a layer that needs replay uses the gradients of all outputs. Otherwise
+            only the first output may have a gradient.
     """
 
     squared_norms: SquaredNorms
@@ -65,14 +63,10 @@ class LayerType:
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A frozen weight that an adapter targets.
+    """A frozen weight that an adapter targets, under its name in the base model.
 
-    Attributes:
-        name: Name in the base model.
-        module: The base module, whose calls are recorded.
-        layer_type: How its calls are measured.
-        weight: Dimensions of the weight.
-        parameter_name: The parameter of `module`, if PEFT targets it by `target_parameters`; otherwise `None`.
+    `module` is the base module, whose calls are recorded. `parameter_name` is the name of its targeted parameter, or
+    `None` if PEFT targets the module and not one of its parameters.
     """
 
     name: str
@@ -97,7 +91,7 @@ def register_layer_type(
     its base classes, and the class of PEFT's LoRA layer has precedence over that of the base layer.
 
     Example:
-        A linear layer that is not a subclass of `nn.Linear`, and that PEFT can adapt:
+        A linear layer that PEFT can adapt, but that is not a subclass of `nn.Linear`:
 
         ```python
         from fim_lora import register_layer_type
@@ -106,7 +100,11 @@ def register_layer_type(
         from fim_lora.fisher.layers.registry import Weight
 
 
-        @register_layer_type(MyLinear, weight=lambda layer: Weight(layer.out_features, layer.in_features))
+        def my_linear_weight(layer):
+            return Weight(layer.out_features, layer.in_features)
+
+
+        @register_layer_type(MyLinear, weight=my_linear_weight)
         def measure_my_linear(target, calls, batch_size):
             # Examples first: x (B × … × d_in) and g (B × … × d_out).
             pairs = [by_example(call.input, call.gradient, batch_size) for call in calls]
@@ -118,7 +116,7 @@ def register_layer_type(
     Args:
         *classes: Classes of base layers or of PEFT's LoRA layers. A full name, such as `"package.module.Class"`,
             represents a class that is defined only if an optional library is installed.
-        weight: See `LayerType.weight`.
+        weight: See `LayerType.weight`. With a lambda, a model could not be pickled while its layers are watched.
         needs_replay: See `LayerType.needs_replay`.
         all_outputs: See `LayerType.all_outputs`.
 
@@ -136,10 +134,10 @@ def register_layer_type(
 
 
 def target_layer(name: str, layer: nn.Module) -> TargetLayer:
-    """The target layer of PEFT's LoRA layer or of a plain base layer, by its class.
+    """The target layer of PEFT's LoRA layer or of a plain base layer.
 
     The class of the LoRA layer is looked up first, then that of the base layer, most derived class first. Raises
-    `TypeError` if neither of the classes nor a base class of them is registered.
+    `TypeError` if none of these classes is registered.
     """
     base = base_layer_of(layer)
     for layer_class in (*type(layer).__mro__, *type(base).__mro__):
