@@ -1,4 +1,4 @@
-"""The rules between the rooms of the package, read from its own imports; docs/architecture.md explains them."""
+"""The rules between the sub-packages, read from their own imports; docs/architecture.md explains them."""
 
 import ast
 import sys
@@ -11,8 +11,9 @@ import fim_lora
 PACKAGE = Path(fim_lora.__file__).parent
 MAX_BODY_LINES, MAX_FILE_LINES = 40, 400
 
-# Room to the rooms that it imports, from the bottom to the top. A room may import only rooms above its line.
-ROOMS = {
+# Sub-package or module at the top to those that it imports. The list goes from the bottom to the top: each entry
+# imports only entries that are listed before it.
+ALLOWED_IMPORTS = {
     "config": set(),
     "runtime": set(),
     "fisher": {"runtime"},
@@ -42,7 +43,7 @@ SOURCES = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path
 PACKAGES = {module_of(path.parent / "__init__.py") for path in PACKAGE.rglob("*/__init__.py")}
 
 
-def room_of(module):
+def package_of(module):
     return module.partition(".")[0]
 
 
@@ -56,7 +57,7 @@ def imports_of(module):
             foreign.add(node.module)
         elif isinstance(node, ast.ImportFrom):
             own.update(targets_of(module, node))
-    assert not any(room_of(name) == "fim_lora" for name in foreign), f"{module} imports fim_lora by its full name"
+    assert not any(package_of(name) == "fim_lora" for name in foreign), f"{module} imports fim_lora by its full name"
     return own, foreign
 
 
@@ -78,38 +79,38 @@ def reachable_from(module):
     return found
 
 
-def test_the_rooms_import_exactly_what_the_list_says():
-    edges = {room: set() for room in ROOMS}
+def test_the_packages_import_exactly_what_the_list_says():
+    edges = {package: set() for package in ALLOWED_IMPORTS}
     for module in SOURCES:
-        edges[room_of(module)] |= {room_of(target) for target in imports_of(module)[0]} - {room_of(module)}
-    assert edges == ROOMS
+        edges[package_of(module)] |= {package_of(target) for target in imports_of(module)[0]} - {package_of(module)}
+    assert edges == ALLOWED_IMPORTS
 
 
 def test_the_list_goes_downward_only():
-    order = list(ROOMS)
-    for room, targets in ROOMS.items():
-        upward = {target for target in targets if order.index(target) >= order.index(room)}
-        assert upward <= ({"__init__"} if room == "cli" else set())  # the command prints the version of the package
+    order = list(ALLOWED_IMPORTS)
+    for package, targets in ALLOWED_IMPORTS.items():
+        upward = {target for target in targets if order.index(target) >= order.index(package)}
+        assert upward <= ({"__init__"} if package == "cli" else set())  # the command prints the version of the package
 
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if module != "__init__"])
 def test_no_module_imports_itself_in_a_circle(module):
-    through = reachable_from(module) if room_of(module) != "cli" else reachable_from(module) - {"__init__"}
+    through = reachable_from(module) if package_of(module) != "cli" else reachable_from(module) - {"__init__"}
     assert module not in through
 
 
-@pytest.mark.parametrize(("rooms", "library"), [(WITHOUT_PEFT, "peft"), (WITHOUT_TORCH, "torch")])
-def test_rooms_that_know_nothing_of_a_library(rooms, library):
-    for module in (module for module in SOURCES if room_of(module) in rooms):
+@pytest.mark.parametrize(("packages", "library"), [(WITHOUT_PEFT, "peft"), (WITHOUT_TORCH, "torch")])
+def test_packages_that_know_nothing_of_a_library(packages, library):
+    for module in (module for module in SOURCES if package_of(module) in packages):
         reached = {module, *reachable_from(module)}
-        assert {name for one in reached for name in imports_of(one)[1] if room_of(name) == library} == set(), module
+        assert {name for one in reached for name in imports_of(one)[1] if package_of(name) == library} == set(), module
 
 
 def test_only_the_adapter_reaches_inside_of_peft():
-    """Other rooms may use what `peft` exports, its layer class for annotations, and constants of `peft.utils`."""
+    """Other packages may use what `peft` exports, its layer class for annotations, and constants of `peft.utils`."""
     public = {"peft", "peft.utils", "peft.tuners.lora"}
-    for module in (module for module in SOURCES if room_of(module) != "adapter"):
-        assert {name for name in imports_of(module)[1] if room_of(name) == "peft"} <= public, module
+    for module in (module for module in SOURCES if package_of(module) != "adapter"):
+        assert {name for name in imports_of(module)[1] if package_of(name) == "peft"} <= public, module
 
 
 def test_the_reader_of_imports_sees_every_form():

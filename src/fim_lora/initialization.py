@@ -14,7 +14,7 @@ from .adapter.eva_directions import eva_directions, require_eva
 from .adapter.lora_layers import adapter_layers, name_in_base_model
 from .adapter.pending_config import awaiting_config, final_initialization, require_own_config
 from .adapter.resize import Factors, resize_adapter
-from .adapter.watching import NormRecorder, lora_layers_disabled, stop_watching, watched
+from .adapter.watching import NormRecorder, lora_layers_disabled, stop_watching, watched_adapter
 from .fisher.calibration import ForwardFn, forward_fn_default
 from .fisher.layers.registry import target_layer
 from .fisher.norm_sums import NO_BATCH_SEEN
@@ -82,7 +82,7 @@ def initialize_lora_fim_ranks(
             layer from a weight of its dtype.
     """
     config, layers, given = run_on_all(lambda: _checked(model, dataloader, fim_scores, adapter_name))
-    pending = watched(model, adapter_name)
+    pending = watched_adapter(model, adapter_name)
     if given is not None:
         scores = given
     elif dataloader is not None:
@@ -125,7 +125,7 @@ def _checked(
         raise ValueError('init_lora_weights="eva" computes its directions from data: pass `dataloader`.')
     if not with_eva and dataloader is not None and fim_scores is not None:
         raise ValueError("Both `dataloader` and `fim_scores` were given: pass one of them.")
-    if dataloader is None and fim_scores is None and watched(model, adapter_name).recorder is None:
+    if dataloader is None and fim_scores is None and watched_adapter(model, adapter_name).recorder is None:
         raise RuntimeError(NO_BATCH_SEEN)
     return config, layers, None if fim_scores is None else _checked_scores(fim_scores, layers)
 
@@ -156,7 +156,7 @@ def _checked_score(name: str, score: LayerScore | float | Tensor, layer: LoraLay
         return score
     mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
     try:
-        weight = target_layer(name, layer).weight
+        weight = target_layer(name, layer).weight_shape
         shape = (weight.d_out, weight.d_in)
         return LayerScore(mean, None, 0, shape, weight.parameters_per_rank, weight.rank_step)
     except ValueError as error:

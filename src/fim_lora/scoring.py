@@ -9,9 +9,10 @@ from torch import nn
 from .adapter.lora_layers import adapter_layers
 from .adapter.pending_config import lora_config_of
 from .adapter.targets import convert_targets
-from .adapter.watching import lora_layers_disabled, watched
+from .adapter.watching import lora_layers_disabled, watched_adapter
 from .config import FimConfig
 from .fisher.calibration import ForwardFn, calibrate
+from .fisher.layers.registry import TargetLayer
 from .fisher.norm_sums import NormSums
 from .fisher.scores import FimScores
 from .runtime.wrappers import unwrap_engine
@@ -52,7 +53,7 @@ def get_fim_scores(
     if hasattr(model, "peft_config"):
         config = peft_config or lora_config_of(model, adapter_name)
         scores = scores_of_adapter(model, adapter_name, dataloader, config, forward_fn, show_progress_bar)
-        return scores.for_targets(watched(model, adapter_name).converted_targets)
+        return scores.for_targets(watched_adapter(model, adapter_name).converted_targets)
     if peft_config is None:
         raise ValueError("The model has no adapter: pass a LoraConfig as `peft_config` to say what to score.")
     if getattr(peft_config, "layer_replication", None):
@@ -72,24 +73,35 @@ def scores_of_adapter(
     config: LoraConfig,
     forward_fn: ForwardFn | None,
     show_progress_bar: bool,
-    **options: Any,
+    loss_communicates: bool = False,
+    sequences_per_example: int = 1,
 ) -> FimScores:
-    """Scores of the layers of an adapter; `options` are further arguments of `calibrate`."""
+    """Scores of the layers of an adapter; see `calibrate` for the arguments."""
     layers = adapter_layers(model, adapter_name)
+    how = (forward_fn, show_progress_bar, loss_communicates, sequences_per_example)
     with lora_layers_disabled(model):
-        return _calibrated(model, layers, dataloader, config, forward_fn, show_progress_bar, **options)
+        return _calibrated(model, layers, dataloader, config, *how)
 
 
 def _calibrated(
     model: nn.Module,
-    layers: Mapping[str, Any],
+    layers: Mapping[str, TargetLayer | nn.Module],
     dataloader: Iterable[Any],
     config: LoraConfig,
     forward_fn: ForwardFn | None,
     show_progress_bar: bool,
-    **options: Any,
+    loss_communicates: bool = False,
+    sequences_per_example: int = 1,
 ) -> FimScores:
     fim_config = getattr(config, "fim_config", None) or FimConfig()
-    statistic = NormSums.for_layers(layers, fim_config.exact)
-    num_batches = fim_config.fim_calibration_batches
-    return calibrate(model, layers, statistic, dataloader, num_batches, forward_fn, show_progress_bar, **options)
+    return calibrate(
+        model,
+        layers,
+        NormSums.for_layers(layers, fim_config.exact),
+        dataloader,
+        fim_config.fim_calibration_batches,
+        forward_fn,
+        show_progress_bar,
+        loss_communicates,
+        sequences_per_example,
+    )

@@ -9,7 +9,7 @@ from torch import nn
 
 from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.adapter.config_writer import config_with_ranks
-from fim_lora.adapter.lora_layers import adapter_layers, rebuilt_together
+from fim_lora.adapter.lora_layers import adapter_layers, layers_rebuilt_together
 from fim_lora.adapter.resize import Factors, resize_adapter
 from helpers.adapters import fim_lora_config, fim_model, hooks_of, logits, lora_layers, randomize
 from helpers.attention import Attention, attention_batches
@@ -240,7 +240,7 @@ def test_given_factors_become_the_update_of_every_layer_type():
     objects = {name: id(parameter) for name, parameter in model.named_parameters() if "lora_" in name}
     resize_adapter(model, layers, "default", ranks, alphas, config_with_ranks(config, ranks, alphas), factors)
     for name, layer in layers.items():
-        for one, given in zip(rebuilt_together(layer), factors[name], strict=True):
+        for one, given in zip(layers_rebuilt_together(layer), factors[name], strict=True):
             expected = update_of(one, given, 1.5)
             torch.testing.assert_close(
                 one.get_delta_weight("default"), expected, msg=lambda text, name=name: f"{name} {text}"
@@ -256,9 +256,67 @@ def test_factors_of_a_wrong_shape_change_nothing():
     layers, ranks = adapter_layers(model, "default"), {"embedding": 2, "linear": 3}
     alphas = dict.fromkeys(ranks, 8)
     factors = {"linear": [Factors(torch.randn(3, 6), torch.randn(9, 3))]}
-    with pytest.raises(ValueError, match=r"B of a Linear has shape \(10, 3\), but the given B has shape \(9, 3\)"):
+    with pytest.raises(ValueError, match=r"B of layer 'linear' has shape \(10, 3\) at this rank, but .* \(9, 3\)"):
         resize_adapter(model, layers, "default", ranks, alphas, config_with_ranks(config, ranks, alphas), factors)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert model.peft_config["default"].rank_pattern == {}
+
+
+def test_without_b_the_update_is_zero_in_every_layer_type():
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=EVERY_TARGET)
+    model = get_peft_model(EveryLayerType(), config)
+    randomize(model)
+    layers, ranks = adapter_layers(model, "default"), dict.fromkeys(EVERY_TARGET, 2)
+    alphas = dict.fromkeys(ranks, 4)
+    factors = {name: [Factors(one.a) for one in given_factors(layers[name], 2)] for name in layers}
+    resize_adapter(model, layers, "default", ranks, alphas, config_with_ranks(config, ranks, alphas), factors)
+    for name, layer in layers.items():
+        for one, given in zip(layers_rebuilt_together(layer), factors[name], strict=True):
+            assert one.get_delta_weight("default").count_nonzero() == 0
+            a = dict(one.lora_A)["default"].weight if one.lora_A else one.lora_embedding_A["default"]
+            assert torch.equal(a, given.a)
+
+
+def test_given_factors_of_a_stack_of_experts():
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=TARGETS)
+    model = get_peft_model(Mixture(), config)
+    layers = adapter_layers(model, "default")
+    ranks = dict.fromkeys(layers, 2)
+    alphas = dict.fromkeys(layers, 4)
+    expected, factors = {}, {}
+    for name, layer in layers.items():
+        experts, d_in, d_out = layer.num_experts, layer.in_features, layer.out_features
+        a, b = torch.randn(2 * experts, d_in), torch.randn(d_out, 2 * experts)
+        factors[name] = [Factors(a, b)]
+        # PEFT keeps A as (experts · r × d_in) and B as (d_out × r · experts): expert e has every e-th column of B.
+        expected[name] = [2.0 * b[:, e::experts] @ a[2 * e : 2 * e + 2] for e in range(experts)]
+    resize_adapter(model, layers, "default", ranks, alphas, config_with_ranks(config, ranks, alphas), factors)
+    for name, layer in layers.items():
+        update = layer.get_delta_weight("default")
+        for e, one in enumerate(expected[name]):
+            torch.testing.assert_close(update[e] if update[e].shape == one.shape else update[e].T, one)
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "message"),
+    [
+        ({}, "attention", "Factors are given for 'attention', which does not keep an adapter"),
+        ({"use_dora": True}, "linear", "A given B cannot be combined with use_dora"),
+        ({"lora_bias": True}, "linear", "A given B cannot be combined with use_dora, lora_bias"),
+        ({"init_lora_weights": "olora"}, "linear", "PiSSA or OLoRA"),
+    ],
+)
+def test_factors_that_would_not_be_used_as_given_are_refused(options, name, message):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["linear"], **options)
+    model = get_peft_model(EveryLayerType(), config)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    layers, ranks, alphas = adapter_layers(model, "default"), {"linear": 3}, {"linear": 8}
+    factors = {name: [Factors(torch.randn(3, 6), torch.randn(10, 3))]}
+    with pytest.raises(ValueError, match=message):
+        resize_adapter(model, layers, "default", ranks, alphas, config_with_ranks(config, ranks, alphas), factors)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

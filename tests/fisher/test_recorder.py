@@ -315,3 +315,48 @@ def test_a_recorder_takes_any_statistic():
         hidden = [torch.tanh(model[0](x)) for x in batches]
     expected = {"0": [x.mean().item() for x in batches], "2": [h.mean().item() for h in hidden]}
     assert recorder.result() == {name: pytest.approx(values, rel=1e-5) for name, values in expected.items()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_graph_of_an_earlier_session_counts_nothing(reentrant):
+    batches, names = lm_batches(2), names_of(llama(), "q_proj")
+    model = llama().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    recorder = norm_recorder({name: model.get_submodule(name) for name in names})
+    recorder.start(model)
+    late = model(**batches[0]).loss
+    recorder.start(model)
+    late.backward()
+    assert recorder.num_batches == 0
+    model(**batches[1]).loss.backward()
+    assert_scores(recorder.result(), per_example_scores(llama(), batches[1:], names))
+
+
+def test_a_late_backward_pass_that_raises_does_not_spoil_the_next_session():
+    batches, names = lm_batches(2), names_of(llama(), "q_proj")
+    model = llama()
+    recorder = norm_recorder({name: model.get_submodule(name) for name in names} | {"unused": nn.Linear(2, 2)})
+    recorder.start(model)
+    embeddings = _Raise.apply(model.model.embed_tokens(batches[0]["input_ids"]).detach().requires_grad_())
+    late = model(inputs_embeds=embeddings, labels=batches[0]["labels"]).loss
+    recorder.start(model)
+    loss = model(**batches[1]).loss
+    recorder.layers["unused"].module(torch.ones(1, 2))
+    with pytest.raises(ValueError, match="late"):
+        late.backward()
+    loss.backward()
+    with pytest.warns(UserWarning, match="took no part in the loss"):
+        scores = dict(recorder.result())
+    del scores["unused"]
+    assert_scores(scores, per_example_scores(llama(), batches[1:], names))
+
+
+class _Raise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ValueError("late")

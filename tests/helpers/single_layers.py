@@ -132,7 +132,7 @@ def check_scores_equal_autograd(layer, calls):
     batches = batches_for(model.layer)
     score = scores_of(model, batches)["layer"]
     assert_score(score, per_example_truth(model, batches, ["layer.weight"], by_row))
-    weight = target_layer("layer", model.layer).weight
+    weight = target_layer("layer", model.layer).weight_shape
     assert weight.entries == model.layer.weight.numel()
 
 
@@ -140,7 +140,7 @@ def check_dimensions_of_the_adapter(layer):
     """Compares the cost of one rank and the step of the ranks with those of PEFT's own layer."""
     torch.manual_seed(0)
     base = Net(layer())
-    weight = target_layer("layer", base.layer).weight
+    weight = target_layer("layer", base.layer).weight_shape
     rank = 2 * weight.rank_step
     model = get_peft_model(base, LoraConfig(r=rank, target_modules=["layer"]))
     adapter = [parameter for name, parameter in model.named_parameters() if "lora_" in name]

@@ -272,6 +272,7 @@ def test_a_failure_leaves_model_and_file_as_they_were(tmp_path, monkeypatch, exi
     monkeypatch.setattr(RankAllocation, "save", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         allocate(trainer)
+    assert (file.read_text() if file.exists() else None) == ("of an earlier run" if existing else None)
     torch.testing.assert_close(adapter_weights(trainer.model), weights, rtol=0, atol=0)
     assert trainer.model.peft_config["default"].init_lora_weights == "fim"
 

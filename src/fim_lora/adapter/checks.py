@@ -13,8 +13,8 @@ from torch import nn
 from ..config import changes_base_weight
 from ..runtime.offloading import is_offloaded
 from ..runtime.wrappers import any_sharded, strip_wrapper_names, uses_fsdp1
-from .layer_state import own_parts
-from .lora_layers import name_in_base_model, rebuilt_together
+from .layer_state import own_modules_and_parameters
+from .lora_layers import layers_rebuilt_together, name_in_base_model
 from .pending_config import final_initialization
 
 # Fields of `LoraConfig` with which a layer cannot get another rank after it is built, and why. Older versions of PEFT
@@ -82,7 +82,7 @@ def require_unmerged(model: nn.Module) -> None:
     )
 
 
-def require_weights_at_hand(layers: Mapping[str, LoraLayer], init_lora_weights: bool | str) -> None:
+def require_not_offloaded(layers: Mapping[str, LoraLayer], init_lora_weights: bool | str) -> None:
     """Refuse an initialization that changes offloaded base weights, because the change would be lost."""
     if not changes_base_weight(init_lora_weights):
         return
@@ -98,7 +98,9 @@ def _require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> Non
     """Refuse sharded adapters, because a sharded parameter cannot change its shape."""
     in_fsdp1 = uses_fsdp1(model)
     for name, layer in layers.items():
-        if in_fsdp1 or any(any_sharded(own_parts(part)[1].values()) for part in rebuilt_together(layer)):
+        if in_fsdp1 or any(
+            any_sharded(own_modules_and_parameters(part)[1].values()) for part in layers_rebuilt_together(layer)
+        ):
             raise ValueError(
                 f"The adapter of layer {name!r} is sharded, and its rank can no longer change. Call "
                 "`initialize_lora_fim_ranks` before the model is sharded. If the model is too large for that, call "

@@ -146,10 +146,10 @@ def _wrap_inject_adapter(inject_adapter: Callable[..., None]) -> Callable[..., N
 
 def _put_on_devices(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
     """Rebuild the adapters of offloaded layers, which PEFT puts on the meta device, without values."""
-    for layer in adapter_layers(model, adapter_name).values():
+    for name, layer in adapter_layers(model, adapter_name).items():
         if not is_offloaded(layer.get_base_layer()):
             continue
         states = layer_states(layer, adapter_name, True)
-        resize_layer(layer, adapter_name, layer.r[adapter_name], layer.lora_alpha[adapter_name], config)
+        resize_layer(name, layer, adapter_name, layer.r[adapter_name], layer.lora_alpha[adapter_name], config)
         for state in states:
             state.carry_over()

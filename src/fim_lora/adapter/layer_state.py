@@ -11,12 +11,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..config import changes_base_weight
-from .lora_layers import rebuilt_together
+from .lora_layers import layers_rebuilt_together
 
 
 def layer_states(layer: LoraLayer, adapter_name: str, init_lora_weights: bool | str) -> list[LayerState]:
     """The states of a LoRA layer and of the one that PEFT rebuilds with it."""
-    return [LayerState(part, adapter_name, init_lora_weights) for part in rebuilt_together(layer)]
+    return [LayerState(part, adapter_name, init_lora_weights) for part in layers_rebuilt_together(layer)]
 
 
 class LayerState:
@@ -30,7 +30,7 @@ class LayerState:
             for container in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant")
             if adapter_name in (entries := _container(layer, container))
         }
-        self._modules, self._parameters = own_parts(layer)
+        self._modules, self._parameters = own_modules_and_parameters(layer)
         self._old_parameters = self._parameters
         self._requires_grad = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         self._training = {name: module.training for name, module in self._modules.items()}
@@ -40,7 +40,7 @@ class LayerState:
         """Give the rebuilt adapter the device, dtype, mode, dropout and `requires_grad` of the previous one."""
         if "lora_dropout" in self._entries:
             self.layer.lora_dropout[self._adapter_name] = self._entries["lora_dropout"]
-        self._modules, self._parameters = own_parts(self.layer)
+        self._modules, self._parameters = own_modules_and_parameters(self.layer)
         for name, parameter in self._parameters.items():
             old = self._old_parameters.get(name)
             if old is None or old is parameter:
@@ -72,7 +72,7 @@ class LayerState:
         for container, entry in self._entries.items():
             getattr(self.layer, container)[self._adapter_name] = entry
         self._restore_base_weight()
-        self._modules, self._parameters = own_parts(self.layer)
+        self._modules, self._parameters = own_modules_and_parameters(self.layer)
         self._set_flags()
 
     def _set_flags(self) -> None:
@@ -85,7 +85,7 @@ class LayerState:
                 module.training = training
 
 
-def own_parts(layer: LoraLayer) -> tuple[dict[str, nn.Module], dict[tuple[str, str], nn.Parameter]]:
+def own_modules_and_parameters(layer: LoraLayer) -> tuple[dict[str, nn.Module], dict[tuple[str, str], nn.Parameter]]:
     """A layer's modules by name, and their parameters by the name of the module and their own.
 
     The base layer is left out, because it may contain other LoRA layers.

@@ -28,7 +28,7 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return layers
 
 
-def rebuilt_together(layer: LoraLayer) -> list[LoraLayer]:
+def layers_rebuilt_together(layer: LoraLayer) -> list[LoraLayer]:
     """A LoRA layer, and the one that PEFT rebuilds with it: the output projection of an attention."""
     return [layer, layer.base_layer.out_proj] if isinstance(layer, MultiheadAttention) else [layer]
 

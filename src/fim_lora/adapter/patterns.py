@@ -51,7 +51,7 @@ def base_values(
     """The rank or `lora_alpha` that PEFT would give every layer, from a pattern and the global value of a config."""
     extended = dict(pattern or {})
     # The entries that PEFT adds when it converts the targets, after those of the config.
-    for name, number in converted.fused.items() if converted is not None else ():
+    for name, number in ({} if converted is None else converted.fused).items():
         extended.setdefault(f"^{re.escape(name)}", default * number)
     return resolve_pattern(extended, names, default)
 

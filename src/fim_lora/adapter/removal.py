@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
 from ..runtime.flags import requires_grad_restored
-from .lora_layers import rebuilt_together
+from .lora_layers import layers_rebuilt_together
 from .targets import resolve_targets
 
 
@@ -57,7 +57,7 @@ def _parents(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
 
 
 def _remove(parents: dict[nn.Module, tuple[nn.Module, str]], layer: Any, adapter_name: str, bias: str) -> None:
-    parts = rebuilt_together(layer)
+    parts = layers_rebuilt_together(layer)
     for part in parts:
         for name, parameter in part.named_parameters():
             if "lora_" in name:

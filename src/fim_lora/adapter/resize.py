@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..config import changes_base_weight
 from ..runtime.distributed import gather_from_all, shared_random_numbers
 from ..runtime.offloading import onloaded
-from .checks import require_weights_at_hand
+from .checks import require_not_offloaded
 from .layer_state import layer_states
-from .lora_layers import rebuilt_together
+from .lora_layers import layers_rebuilt_together
 from .pending_config import lora_config_of
 from .removal import remove_adapter, require_removable
 
@@ -51,7 +52,7 @@ def resize_adapter(
 
     Raises:
         ValueError: If a rank is 0 and PEFT could not load the rest, PEFT refuses the initialization for a layer, or
-            given factors have the wrong shape.
+            given factors have the wrong shape, are for other layers, or do not fit the config.
         TypeError: If PEFT cannot initialize a layer from a weight of its dtype.
         RuntimeError: If a rebuilt layer does not have the requested rank or scaling.
     """
@@ -59,13 +60,15 @@ def resize_adapter(
     kept = {name: layer for name, layer in layers.items() if name not in removed}
     if removed:
         require_removable(model, adapter_name, removed, kept, new_config)
-    require_weights_at_hand(kept, new_config.init_lora_weights)
+    require_not_offloaded(kept, new_config.init_lora_weights)
+    _require_usable(factors or {}, kept, new_config)
     states = {name: layer_states(layer, adapter_name, new_config.init_lora_weights) for name, layer in kept.items()}
     all_states = [state for states_of_layer in states.values() for state in states_of_layer]
 
     def rebuild() -> None:
         for name, layer in kept.items():
-            resize_layer(layer, adapter_name, ranks[name], alphas[name], new_config, (factors or {}).get(name, ()))
+            given = (factors or {}).get(name, ())
+            resize_layer(name, layer, adapter_name, ranks[name], alphas[name], new_config, given)
             for state in states[name]:
                 state.carry_over()
                 _verify(name, state.layer, adapter_name, ranks[name], alphas[name], new_config)
@@ -85,8 +88,27 @@ def resize_adapter(
     lora_config_of(model, adapter_name).__dict__.update(new_config.__dict__)
 
 
+def _require_usable(factors: Mapping[str, Sequence[Factors]], kept: Iterable[str], config: LoraConfig) -> None:
+    """Refuse factors that PEFT's layers would not use as they are given."""
+    unknown = sorted(set(factors).difference(kept))
+    if unknown:
+        raise ValueError(f"Factors are given for {unknown[0]!r}, which does not keep an adapter: remove them.")
+    with_b = any(given.b is not None for of_layer in factors.values() for given in of_layer)
+    if with_b and (config.use_dora or config.lora_bias or changes_base_weight(config.init_lora_weights)):
+        raise ValueError(
+            "A given B cannot be combined with use_dora, lora_bias, PiSSA or OLoRA: the magnitude, the bias or the "
+            "base weight would not belong to it. Use a config without them."
+        )
+
+
 def resize_layer(
-    layer: Any, adapter_name: str, rank: int, alpha: float, config: LoraConfig, factors: Sequence[Factors] = ()
+    name: str,
+    layer: Any,
+    adapter_name: str,
+    rank: int,
+    alpha: float,
+    config: LoraConfig,
+    factors: Sequence[Factors] = (),
 ) -> None:
     """Rebuild the adapter of one LoRA layer at a rank, with these factors or with the initialization of `config`.
 
@@ -94,16 +116,16 @@ def resize_layer(
     """
     if factors:
         config = copy.copy(config)
-        # PEFT's name for "B is zero, and A comes later" exists for linear layers, where it saves drawing A.
-        config.init_lora_weights = True if factors[0].b is not None else "eva"
+        # PEFT's name for "A comes later" exists for linear layers, where it saves drawing A.
+        is_linear = isinstance(dict(layer.lora_A).get(adapter_name), nn.Linear)
+        config.init_lora_weights = "eva" if is_linear else True
     # PEFT creates the adapter on the device of the base weight.
     with onloaded(layer.get_base_layer()):
         layer.update_layer(adapter_name, rank, lora_alpha=alpha, **_update_arguments(layer, config))
     if factors:
-        for part, given in zip(rebuilt_together(layer), factors, strict=True):
-            _write_factor(part, "A", adapter_name, given.a)
-            if given.b is not None:
-                _write_factor(part, "B", adapter_name, given.b)
+        for part, given in zip(layers_rebuilt_together(layer), factors, strict=True):
+            _write_factor(name, part, "A", adapter_name, given.a)
+            _write_factor(name, part, "B", adapter_name, given.b)
 
 
 def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:
@@ -122,13 +144,17 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def _write_factor(layer: Any, letter: str, adapter_name: str, value: Tensor) -> None:
+def _write_factor(name: str, layer: Any, letter: str, adapter_name: str, value: Tensor | None) -> None:
+    """Write a factor, or zeros for `None`."""
     modules, parameters = getattr(layer, f"lora_{letter}"), getattr(layer, f"lora_embedding_{letter}")
     weight = modules[adapter_name].weight if adapter_name in modules else parameters[adapter_name]
+    if value is None:
+        weight.data.zero_()
+        return
     if weight.shape != value.shape:
         raise ValueError(
-            f"{letter} of a {type(layer.get_base_layer()).__name__} has shape {tuple(weight.shape)}, but the given "
-            f"{letter} has shape {tuple(value.shape)}."
+            f"{letter} of layer {name!r} has shape {tuple(weight.shape)} at this rank, but the given {letter} has "
+            f"shape {tuple(value.shape)}: pass factors in the shapes of PEFT's weights."
         )
     weight.data = value.detach().to(device=weight.device, dtype=weight.dtype, copy=True).contiguous()
 

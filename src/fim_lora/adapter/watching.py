@@ -19,13 +19,13 @@ from .lora_layers import adapter_layers
 
 NormRecorder = Recorder[Norms, FimScores]
 
-# Attribute of the base model: adapter name to `Watched`. It is a plain attribute, so that copies and pickles of the
-# model include it, and state dicts do not.
+# Attribute of the base model: adapter name to `WatchedAdapter`. It is a plain attribute, so that copies and pickles of
+# the model include it, and state dicts do not.
 _ATTRIBUTE = "_fim_lora"
 
 
 @dataclass
-class Watched:
+class WatchedAdapter:
     """What is stored for an adapter that awaits its ranks.
 
     `recorder` is `None` in inference mode, `converted_targets` if PEFT did not convert the targets in the config.
@@ -39,25 +39,26 @@ def watch(
     tuner: LoraModel, model: nn.Module, adapter_name: str, config: LoraConfig, converted: ConvertedTargets | None
 ) -> None:
     """Start to watch an adapter that PEFT has just injected into `model`."""
-    stop_watching(model, adapter_name)  # an earlier adapter of that name may have been unloaded
+    layers = adapter_layers(model, adapter_name)
     recorder = None
     if not config.inference_mode:
-        layers = adapter_layers(model, adapter_name)
         recorder = Recorder(layers, NormSums.for_layers(layers, config.fim_config.exact))
+    stop_watching(model, adapter_name)  # an earlier adapter of that name may have been unloaded
+    if recorder is not None:
         adapters = {name: layer.lora_A[adapter_name] for name, layer in layers.items() if adapter_name in layer.lora_A}
         # Some PeftModels call the tuner, and the tuner calls `forward` of the model; others call the model itself.
         recorder.start(tuner, model, adapters=adapters, max_batches=config.fim_config.fim_calibration_batches)
         torch.compiler.reset()  # code that was compiled before would not call the hooks
     if recorder is not None or converted is not None:
-        model.__dict__.setdefault(_ATTRIBUTE, {})[adapter_name] = Watched(recorder, converted)
+        model.__dict__.setdefault(_ATTRIBUTE, {})[adapter_name] = WatchedAdapter(recorder, converted)
 
 
-def watched(model: nn.Module, adapter_name: str) -> Watched:
+def watched_adapter(model: nn.Module, adapter_name: str) -> WatchedAdapter:
     """What is stored for an adapter of a model; nothing if the adapter does not await its ranks."""
     for module in model.modules():
         if adapter_name in module.__dict__.get(_ATTRIBUTE, {}):
             return module.__dict__[_ATTRIBUTE][adapter_name]
-    return Watched(None, None)
+    return WatchedAdapter(None, None)
 
 
 def stop_watching(model: nn.Module, adapter_name: str) -> None:

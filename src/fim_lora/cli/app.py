@@ -16,7 +16,7 @@ from ..report.rank_map import draw_rank_map
 from ..runtime.atomic import staged_files, write_text
 from .allocate import AllocateOptions, allocate
 from .data import ROLES
-from .errors import EXIT_INTERRUPTED, report, warnings_as_lines
+from .errors import EXIT_INTERRUPTED, report_error, warnings_as_lines
 from .export import export_folder
 from .models import DTYPES, PEFT_TASK_TYPES, TASKS, Task
 from .output import RANK_MAP, read_allocation, require_writable_file
@@ -46,12 +46,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         with warnings_as_lines():
             code = app(args=arguments, prog_name="fim-lora", standalone_mode=False)
     except typer.Abort:
-        return report(KeyboardInterrupt())
+        return report_error(KeyboardInterrupt())
     except (Exception, KeyboardInterrupt) as error:
-        return report(error)
+        return report_error(error)
     # Depending on its version, typer turns Ctrl-C into this code or into `Abort`.
     if code == EXIT_INTERRUPTED:
-        return report(KeyboardInterrupt())
+        return report_error(KeyboardInterrupt())
     return code if isinstance(code, int) else 0
 
 

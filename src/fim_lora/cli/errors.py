@@ -25,7 +25,7 @@ class CommandError(Exception):
     """An error that the user can fix; the message says how."""
 
 
-def report(error: BaseException) -> int:
+def report_error(error: BaseException) -> int:
     """Print an error as one line, and return the exit code. With `FIM_LORA_DEBUG=1` print its traceback first."""
     if isinstance(error, KeyboardInterrupt):
         print("fim-lora: interrupted", file=sys.stderr)

@@ -73,7 +73,7 @@ def calibrate(
     Raises:
         TypeError: If a layer's class is not supported, or the output holds no loss.
         ValueError: If the loss is missing, not scalar or detached, or the dataloader is empty.
-        RuntimeError: See `Statistic.result`.
+        RuntimeError: See `result` of the statistic, such as `NormSums.result`.
     """
     model = unwrap_engine(model)
     recorder = Recorder(layers, statistic)

@@ -25,12 +25,13 @@ class CallWatcher(Protocol):
     """What hooks report to. A `Recorder` is one."""
 
     paused: bool
+    session: int
 
     def begin_forward(self, batch_size: int | None) -> None:
         """A forward pass of the whole model begins."""
 
-    def begin_call(self, name: str) -> int | None:
-        """A layer was called; return the number of the run that the call belongs to, or `None` to ignore it."""
+    def begin_call(self, name: str) -> bool:
+        """A layer was called; return whether to observe the call."""
 
     def note_input(self, name: str, saved: SavedInput) -> None:
         """The input of a layer was saved."""
@@ -38,10 +39,10 @@ class CallWatcher(Protocol):
     def note_adapter_input(self, name: str, x: Tensor) -> None:
         """The adapter of a layer was called with `x`."""
 
-    def note_backward(self) -> None:
-        """A backward pass of the whole model has begun."""
+    def note_backward(self, session: int) -> None:
+        """A backward pass has begun, of a forward pass of the whole model in this session."""
 
-    def receive(self, name: str, run: int, saved: SavedInput | SavedCall, *gradients: Tensor | None) -> None:
+    def receive(self, name: str, session: int, saved: SavedInput | SavedCall, *gradients: Tensor | None) -> None:
         """The gradients of the outputs of a call have arrived."""
 
 
@@ -67,7 +68,7 @@ def _outside_compiled_code(function: Function) -> Function:
 class _Call(NamedTuple):
     """One observed call: the run that it belongs to, its arguments and outputs, and the state before it."""
 
-    run: int
+    session: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[Any]
@@ -101,8 +102,7 @@ class LayerHook:
     def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, watch: Watch) -> Any:
         """Count and check the call, start the graph if no layer before it has, and register hooks for gradients."""
         state, self.state = self.state, None
-        run = self.watcher.begin_call(self.target.name)
-        if run is None or not torch.is_grad_enabled():
+        if not self.watcher.begin_call(self.target.name) or not torch.is_grad_enabled():
             return None
         outputs, structure = tree_flatten(output)
         x = input_of(args, kwargs)
@@ -111,7 +111,7 @@ class LayerHook:
         _refuse_missing_gradient(self.target, x, starts_graph)
         if starts_graph:
             outputs = [_as_start_of_graph(value) for value in outputs]
-        joined = watch(_Call(run, args, kwargs, outputs, state))
+        joined = watch(_Call(self.watcher.session, args, kwargs, outputs, state))
         return tree_unflatten(joined or outputs, structure) if joined or starts_graph else None
 
     def _watch_input(self, call: _Call) -> None:
@@ -121,7 +121,7 @@ class LayerHook:
 
     def _watch_first(self, call: _Call, saved: SavedInput | SavedCall) -> None:
         """Only the first output counts; the others are attention weights."""
-        call.outputs[0].register_hook(partial(self.watcher.receive, self.target.name, call.run, saved))
+        call.outputs[0].register_hook(partial(self.watcher.receive, self.target.name, call.session, saved))
         for further in call.outputs[1:]:
             if isinstance(further, Tensor) and further.requires_grad:
                 further.register_hook(partial(_refuse_gradient, self.target.name))
@@ -178,8 +178,12 @@ class AllOutputsHook(ReplayedLayerHook):
         )
         saved = SavedCall(call.args, call.kwargs, tuple(differentiable), call.state)
         joined, node = join_outputs(call.outputs)
-        node.register_prehook(lambda gradients: self.watcher.receive(self.target.name, call.run, saved, *gradients))
+        # Not a closure, which would keep the arguments of the call alive.
+        node.register_prehook(partial(self._receive, call.session, saved))
         return joined
+
+    def _receive(self, session: int, saved: SavedCall, gradients: tuple[Tensor | None, ...]) -> None:
+        self.watcher.receive(self.target.name, session, saved, *gradients)
 
 
 @dataclass
@@ -214,10 +218,10 @@ class RootHook:
         """Report the backward pass, because a hook of a checkpointed layer sees only that layer's part of it."""
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad and not is_inside_backward():
-                tensor.register_hook(self._receive)
+                tensor.register_hook(partial(self._receive, self.watcher.session))
 
-    def _receive(self, gradient: Tensor) -> None:
-        self.watcher.note_backward()
+    def _receive(self, session: int, gradient: Tensor) -> None:
+        self.watcher.note_backward(session)
 
 
 def layer_hook(watcher: CallWatcher, target: TargetLayer) -> LayerHook:

@@ -80,7 +80,10 @@ class NormSums:
         return Norms(norms, rows.batch_size)
 
     def add(self, measured: Mapping[str, Norms], batch_size: int | None, loss: Tensor | None) -> None:
-        """Add a batch; one in which the loss or a gradient is not finite counts as skipped, for all layers."""
+        """Add a batch, with `‖G_t‖²_F` (B) of each layer, or its mean over the examples (1) where rows belong to none.
+
+        A batch in which the loss or a gradient is not finite (overflow in float16) is skipped for all layers.
+        """
         self.num_batches += 1
         lengths = [len(norms.values) for norms in measured.values()]
         values = _to_host([*(norms.values for norms in measured.values()), *([] if loss is None else [loss])])
@@ -142,7 +145,7 @@ class NormSums:
         return FimScores(scores, self.num_batches, self.num_skipped_batches)
 
     def _score(self, name: str, layer: TargetLayer) -> LayerScore:
-        moments, weight = self.moments[name], layer.weight
+        moments, weight = self.moments[name], layer.weight_shape
         error = moments.standard_error
         return LayerScore(
             mean=moments.mean / weight.entries,

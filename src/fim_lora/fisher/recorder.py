@@ -54,8 +54,8 @@ class Recorder(Generic[Measurement, Result]):
         self.statistic = statistic
         self.paused = False
         self.num_batches = 0
+        self.session = 0
         self._last_batch: int | None = None
-        self._run = 0
         self._pass: Pass[Measurement] = Pass()
         self._evaluating = False
         self._handles: list[RemovableHandle] = []
@@ -75,7 +75,8 @@ class Recorder(Generic[Measurement, Result]):
         """
         self.stop()
         self._close_pass()
-        self._pass, self._run = Pass(), self._run + 1  # gradients of calls before this moment are ignored
+        self._pass, self._evaluating = Pass(), False
+        self.session += 1  # gradients of calls in earlier sessions are ignored
         self._last_batch = None if max_batches is None else self.num_batches + max_batches
         for layer in self.layers.values():
             self._handles += layer_hook(self, layer).register()
@@ -95,8 +96,8 @@ class Recorder(Generic[Measurement, Result]):
     @contextmanager
     def recording(self, *roots: nn.Module) -> Iterator[None]:
         """Record inside of the block: `start` and `stop`."""
-        self.start(*roots)
         try:
+            self.start(*roots)
             yield
         finally:
             self.stop()
@@ -126,7 +127,7 @@ class Recorder(Generic[Measurement, Result]):
         """The result so far, over the examples of all processes. Every process has to call this.
 
         Raises:
-            RuntimeError: If another process failed; see also `Statistic.result`.
+            RuntimeError: If another process failed; see also `result` of the statistic, such as `NormSums.result`.
         """
         first, *others = gather_from_all(self._finished_statistic)
         return first.merge(others).result(self.layers)
@@ -142,19 +143,19 @@ class Recorder(Generic[Measurement, Result]):
         if not self._evaluating:
             self._pass.batch_size = batch_size
 
-    def begin_call(self, name: str) -> int | None:
-        """Count a call in the forward pass; a recomputation by gradient checkpointing was counted before."""
+    def begin_call(self, name: str) -> bool:
+        """Count a call in the forward pass, and return whether to observe it."""
         if self.paused:
-            return None
+            return False
         if is_inside_backward():
-            return self._run
+            return True  # a recomputation by gradient checkpointing, of a call that was counted before
         if self._evaluating and not torch.is_grad_enabled():
-            return None
+            return False
         self._close_pass()
         if self._is_full:
-            return None
+            return False
         self._pass.add_call(name)
-        return self._run
+        return True
 
     def note_input(self, name: str, saved: SavedInput) -> None:
         """Remember the input for the adapter that is called next; the reference lives as long as the graph."""
@@ -167,19 +168,21 @@ class Recorder(Generic[Measurement, Result]):
         if saved is not None:
             saved.replace_by_copy(x)
 
-    def note_backward(self) -> None:
+    def note_backward(self, session: int) -> None:
         """The gradient of the model's output has arrived."""
-        if not self.paused and not self._is_full:
+        if self._accepts(session):
             self._pass.note_backward()
 
-    def receive(self, name: str, run: int, saved: SavedInput | SavedCall, *gradients: Tensor | None) -> None:
+    def receive(self, name: str, session: int, saved: SavedInput | SavedCall, *gradients: Tensor | None) -> None:
         """Pair a call with its gradients; measure the layer after its last call, and finish after the last layer."""
-        if self.paused or self._is_full or run != self._run:
+        if not self._accepts(session):
             return
-        current = self._pass
-        current.note_backward()
         detached = (None if gradient is None else gradient.detach() for gradient in gradients)
-        calls = current.add_gradient(name, saved.with_gradients(name, *detached))
+        call, current = saved.with_gradients(name, *detached), self._pass
+        if name not in current.num_calls:
+            return  # recomputed by reentrant checkpointing, for a graph of an earlier session
+        current.note_backward()
+        calls = current.add_gradient(name, call)
         if calls is not None:
             current.measured[name] = self._measure(name, calls, current)
         if current.num_outstanding == 0:
@@ -188,6 +191,9 @@ class Recorder(Generic[Measurement, Result]):
     @property
     def _is_full(self) -> bool:
         return self.num_batches == self._last_batch
+
+    def _accepts(self, session: int) -> bool:
+        return not self.paused and not self._is_full and session == self.session
 
     def _close_pass(self) -> None:
         """End the current pass, before a call of the next one. A pass whose backward pass raised is not counted."""

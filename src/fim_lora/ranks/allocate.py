@@ -58,7 +58,7 @@ def allocate_ranks(
         score_exponent: Positive. If the marginal value of the k-th rank of layer i falls like `score_i · k^-p`,
             the optimum is `r_i ∝ score_i ** (1/p)`, so a value below 1 is the principled way to soften the allocation.
         shapes: `(d_out, d_in)` of each layer. If given, no rank exceeds `min(d_out, d_in)`.
-        parameters_per_rank: c_i of a parameter budget; `None` means `d_in + d_out`.
+        parameters_per_rank: c_i of a parameter budget; `None` means `d_in + d_out`. A rank budget does not use it.
         rank_steps: Number of which the rank of each layer must be a multiple; `None` means 1 for all layers.
 
     Returns:
@@ -78,8 +78,10 @@ def allocate_ranks(
 
     # Sorted by name once, so that no later step can depend on the order of the dictionary.
     names = sorted(scores)
-    base_ranks = _positive_integers(names, r, "r", "The base rank")
-    steps = _positive_integers(names, 1 if rank_steps is None else rank_steps, "rank_steps", "`rank_steps`")
+    given_ranks = r if isinstance(r, Mapping) else dict.fromkeys(names, r)
+    given_steps = dict.fromkeys(names, 1) if rank_steps is None else rank_steps
+    base_ranks = _positive_integers(names, given_ranks, "r", "The base rank")
+    steps = _positive_integers(names, given_steps, "rank_steps", "`rank_steps`")
     lower, upper = _bounds(names, base_ranks, r_min, r_max, shapes, steps)
     if parameters_per_rank is None and shapes is not None:
         parameters_per_rank = {name: sum(shape) for name, shape in shapes.items()}
@@ -166,12 +168,9 @@ def _weights(names: Sequence[str], scores: Mapping[str, float], score_exponent: 
     return cast(Floats, (values / largest) ** score_exponent)
 
 
-def _positive_integers(names: Sequence[str], given: Mapping[str, int] | int, argument: str, subject: str) -> Ints:
-    """The integer of each layer, from a mapping or one value for all layers; `subject` begins the error message."""
-    if isinstance(given, Mapping):
-        _require_same_names(names, given, argument)
-    else:
-        given = dict.fromkeys(names, given)
+def _positive_integers(names: Sequence[str], given: Mapping[str, int], argument: str, subject: str) -> Ints:
+    """The integer of each layer; `subject` begins the error message."""
+    _require_same_names(names, given, argument)
     for name in names:
         value = given[name]
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:

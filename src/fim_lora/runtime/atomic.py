@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,15 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-@contextmanager
-def restored_on_error(path: Path) -> Iterator[None]:
-    """Restore a file, or its absence, if the block raises."""
+def file_restorer(path: Path) -> Callable[[], None]:
+    """Read a file now, and return a function that restores it, or its absence, completely or not at all."""
     before = path.read_bytes() if path.exists() else None
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         if before is None:
             path.unlink(missing_ok=True)
-        else:
-            path.write_bytes(before)
-        raise
+            return
+        with staged_files(path.parent) as stage:
+            (stage / path.name).write_bytes(before)
+
+    return restore

@@ -91,7 +91,7 @@ def require_boolean(value: Any) -> bool:
 def require_layer_name(value: str) -> str:
     """Return the value; raise ValueError if it is empty or very long, or not printable.
 
-    Control characters could move the cursor of a terminal.
+    The name is printed, drawn and written into tables, and control characters could move the cursor of a terminal.
     """
     if not 0 < len(value) <= _LONGEST_NAME:
         raise ValueError(f"a layer name has {len(value)} characters, not 1 to {_LONGEST_NAME}")

@@ -37,11 +37,11 @@ def is_main_process() -> bool:
 
 
 def gather_from_all(function: Callable[[], T]) -> list[T]:
-    """Call a function in every process and return the pickled results of all, in the order of the processes.
+    """Call a function in every process and return the results of all, in the order of the processes.
 
-    If the function raises in this process, its error is raised here. If it raises in another one, this process raises
-    RuntimeError with that process's number and error. The function must not communicate itself: a process that raises
-    would leave the others waiting.
+    The results have to be picklable. If the function raises in this process, its error is raised here. If it raises in
+    another one, this process raises RuntimeError with that process's number and error. The function must not
+    communicate itself: a process that raises would leave the others waiting.
     """
     if num_processes() == 1:
         return [function()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ from ..fisher.scores import FimScores
 from ..initialization import initialize_lora_fim_ranks
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
-from ..runtime.atomic import restored_on_error
-from ..runtime.distributed import gather_from_all, is_main_process, run_on_all
+from ..runtime.atomic import file_restorer
+from ..runtime.distributed import is_main_process, run_on_all
 from ..scoring import scores_of_adapter
 
 if TYPE_CHECKING:
@@ -137,14 +137,20 @@ def _training_batches(trainer: Trainer) -> Iterator[Any]:
 def _saved(allocation: RankAllocation, path: Path) -> Iterator[None]:
     """Write the allocation in one process; restore the previous file if the block fails."""
 
-    def write() -> None:
-        if is_main_process():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            allocation.save(path)
+    def write() -> Callable[[], None]:
+        if not is_main_process():
+            return lambda: None
+        restore = file_restorer(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        allocation.save(path)
+        return restore
 
-    with restored_on_error(path) if is_main_process() else nullcontext():
-        gather_from_all(write)
+    restore = run_on_all(write)
+    try:
         yield
+    except BaseException:
+        restore()
+        raise
 
 
 def _previous_scores(trainer: Trainer, resume_from_checkpoint: str | bool, config: LoraConfig) -> FimScores:

@@ -1,5 +1,7 @@
 """The eFIM of single parameters, such as experts and routers of a mixture, against autograd in float64."""
 
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -339,3 +341,27 @@ def test_outputs_with_a_graph_that_is_kept_for_a_second_gradient():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"'router\.weight' received a second gradient"):
         loss.backward()
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return x @ self.weight, (x @ self.weight).square()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_hooks_keep_no_argument_of_a_checkpointed_call(reentrant):
+    """Under checkpointing, the input of a module is gone after the forward pass and recomputed in the backward."""
+    model, inputs = nn.Sequential(nn.Linear(WIDTH, WIDTH), TwoOutputs()), []
+    model[1].register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
+    recorder = norm_recorder(resolve_targets(model, LoraConfig(target_modules=[], target_parameters=["1.weight"])))
+    recorder.start()
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    loss = sum(output.sum() for output in checkpoint(model, x, use_reentrant=reentrant))
+    assert [reference() is None for reference in inputs] == [True]
+    loss.backward()
+    assert recorder.num_batches == 1
+    assert [reference() is None for reference in inputs] == [True, True]

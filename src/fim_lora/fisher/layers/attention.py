@@ -12,7 +12,7 @@ from ...runtime.offloading import onloaded
 from ..gradients.norms import squared_norms
 from .attribution import by_leading_dimension, concatenate_calls, flatten_positions
 from .call import LayerCall
-from .registry import TargetLayer, Weight, base_layer_of, register_layer_type
+from .registry import TargetLayer, WeightShape, base_layer_of, register_layer_type
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
 
@@ -20,13 +20,13 @@ _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
 _ATTENTION_OPTIONS = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 
 
-def _attention_weight(layer: Any) -> Weight:
+def _attention_shape(layer: Any) -> WeightShape:
     """One adapter of rank r for the three input projections together, and one for the output projection."""
     width = base_layer_of(layer).embed_dim
-    return Weight(3 * width, width, num_entries=4 * width**2, parameters_per_rank=6 * width)
+    return WeightShape(3 * width, width, num_entries=4 * width**2, parameters_per_rank=6 * width)
 
 
-@register_layer_type(nn.MultiheadAttention, weight=_attention_weight, needs_replay=True)
+@register_layer_type(nn.MultiheadAttention, weight_shape=_attention_shape, needs_replay=True)
 def measure_attention(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B), summed over `in_proj_weight` and `out_proj.weight`, which PEFT adapts at one rank.
 

@@ -43,17 +43,18 @@ class LayerCall:
         """The gradient g of the first output, for layers of which only that one may have a gradient."""
         return cast(Tensor, self.gradients[0])
 
-    def grouped_by_example(self, examples: int, sequences: int, keep_rows: bool) -> Self:
+    def grouped_by_example(self, num_examples: int, sequences_per_example: int, keep_rows: bool) -> Self:
         """Bring the k sequences of each of B examples together: rows t, t + B, … of k · B are those of example t.
 
         Every tensor (k · B · m × …) becomes (B × k · m × …), or with `keep_rows`, for a layer that is run again,
         (B · k · m × …).
         """
+        rows = num_examples * sequences_per_example
 
         def grouped(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] % (examples * sequences):
+            if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] % rows:
                 return value
-            value = value.unflatten(0, (sequences, examples, -1)).transpose(0, 1)
+            value = value.unflatten(0, (sequences_per_example, num_examples, -1)).transpose(0, 1)
             return value.flatten(0, 2) if keep_rows else value.flatten(1, 2)
 
         args, kwargs, outputs, gradients = tree_map(grouped, (self.args, self.kwargs, self.outputs, self.gradients))

@@ -12,17 +12,17 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from ..gradients.products import compute_dtype, without_autocast
 from .attribution import by_leading_dimension
 from .call import LayerCall
-from .registry import TargetLayer, Weight, base_layer_of, register_layer_type
+from .registry import TargetLayer, WeightShape, base_layer_of, register_layer_type
 
 # By the number of spatial dimensions.
 _WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
-def _convolution_weight(layer: Any) -> Weight:
+def _convolution_shape(layer: Any) -> WeightShape:
     """In PEFT, A (r × C_in × kernel) does not have groups, but B (C_out × r / groups) does."""
     base = base_layer_of(layer)
     d_in = base.in_channels * math.prod(base.kernel_size)
-    return Weight(
+    return WeightShape(
         d_out=base.out_channels,
         d_in=d_in,
         num_entries=base.out_channels * d_in // base.groups,
@@ -31,7 +31,7 @@ def _convolution_weight(layer: Any) -> Weight:
     )
 
 
-@register_layer_type(nn.Conv1d, nn.Conv2d, nn.Conv3d, weight=_convolution_weight)
+@register_layer_type(nn.Conv1d, nn.Conv2d, nn.Conv3d, weight_shape=_convolution_shape)
 def measure_convolution(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B), in float32 or float64, from inputs (B × C_in × …) and gradients (B × C_out × …).
 

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from ..gradients.products import MAX_TEMPORARY_BYTES, compute_dtype, slices
 from .attribution import by_leading_dimension, concatenate_calls, flatten_positions
 from .call import LayerCall
-from .registry import TargetLayer, Weight, base_layer_of, register_layer_type
+from .registry import TargetLayer, WeightShape, base_layer_of, register_layer_type
 
 
-def _embedding_weight(layer: Any) -> Weight:
+def _embedding_shape(layer: Any) -> WeightShape:
     base = base_layer_of(layer)
-    return Weight(base.embedding_dim, base.num_embeddings)
+    return WeightShape(base.embedding_dim, base.num_embeddings)
 
 
-@register_layer_type(nn.Embedding, weight=_embedding_weight)
+@register_layer_type(nn.Embedding, weight_shape=_embedding_shape)
 def measure_embedding(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B) from ids (B × …) and gradients (B × … × d).
 

@@ -9,16 +9,16 @@ from transformers.pytorch_utils import Conv1D
 from ..gradients.norms import squared_norms
 from .attribution import by_example, concatenate_calls, flatten_positions
 from .call import LayerCall
-from .registry import TENSOR_PARALLELISM, TargetLayer, Weight, base_layer_of, register_layer_type
+from .registry import TENSOR_PARALLELISM, TargetLayer, WeightShape, base_layer_of, register_layer_type
 
 
-def _linear_weight(layer: Any) -> Weight:
-    return Weight(layer.out_features, layer.in_features)
+def _linear_shape(layer: Any) -> WeightShape:
+    return WeightShape(layer.out_features, layer.in_features)
 
 
-def _conv1d_weight(layer: Any) -> Weight:
+def _conv1d_shape(layer: Any) -> WeightShape:
     base = base_layer_of(layer)
-    return Weight(base.nf, base.nx)
+    return WeightShape(base.nf, base.nx)
 
 
 # Quantized layers that are not a subclass of nn.Linear are recognized by PEFT's class for them.
@@ -31,21 +31,21 @@ def _conv1d_weight(layer: Any) -> Weight:
     "peft.tuners.lora.hqq.HqqLoraLinear",
     "peft.tuners.lora.inc.IncLoraLinear",
     "peft.tuners.lora.te.TeLinear",
-    weight=_linear_weight,
+    weight_shape=_linear_shape,
 )
-@register_layer_type(Conv1D, weight=_conv1d_weight)
+@register_layer_type(Conv1D, weight_shape=_conv1d_shape)
 def measure_linear(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B) with `G_t = g_tᵀ x_t`, from inputs (B × … × d_in) and gradients (B × … × d_out).
 
     All dimensions between are positions. Long examples are read through `LayerCall.sketch`, if it is given. Raises
     `UnattributableError`, and `ValueError` if only a part of the layer is in this process.
     """
+    shape = (target.weight_shape.d_out, target.weight_shape.d_in)
     for call in calls:
         found = (call.gradient.shape[-1], call.input.shape[-1])
-        if found != (target.weight.d_out, target.weight.d_in):
+        if found != shape:
             raise ValueError(
-                f"Layer {target.name!r} is ({target.weight.d_out}, {target.weight.d_in}), but in this process it is "
-                f"{found}. {TENSOR_PARALLELISM}"
+                f"Layer {target.name!r} is {shape}, but in this process it is {found}. {TENSOR_PARALLELISM}"
             )
     pairs = [by_example(call.input, call.gradient, batch_size) for call in calls]
     x, g = concatenate_calls([(flatten_positions(x), flatten_positions(g)) for x, g in pairs])

@@ -11,21 +11,21 @@ from ...runtime.flags import requires_grad_restored
 from ...runtime.offloading import onloaded
 from .attribution import UnattributableError
 from .call import LayerCall
-from .registry import TargetLayer, Weight, register_layer_type
+from .registry import TargetLayer, WeightShape, register_layer_type
 
 # Largest difference between the outputs of the two runs of a layer, relative to the norm. It is far above the
 # differences between kernels for different shapes in bfloat16, and far below those of rows of the wrong example.
 _OUTPUT_TOLERANCE = 0.05
 
 
-def _parameter_weight(layer: Any) -> Weight:
+def _parameter_shape(layer: Any) -> WeightShape:
     """PEFT gives each of the experts an adapter of rank r."""
     d_out, d_in, experts = layer.out_features, layer.in_features, layer.num_experts
-    return Weight(d_out, d_in, num_entries=experts * d_out * d_in, parameters_per_rank=experts * (d_out + d_in))
+    return WeightShape(d_out, d_in, num_entries=experts * d_out * d_in, parameters_per_rank=experts * (d_out + d_in))
 
 
 @register_layer_type(
-    "peft.tuners.lora.layer.ParamWrapper", weight=_parameter_weight, needs_replay=True, all_outputs=True
+    "peft.tuners.lora.layer.ParamWrapper", weight_shape=_parameter_shape, needs_replay=True, all_outputs=True
 )
 def measure_parameter(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B) over all entries of the parameter: over all experts, if it holds several.

@@ -16,7 +16,7 @@ TENSOR_PARALLELISM = (
 
 
 @dataclass(frozen=True)
-class Weight:
+class WeightShape:
     """Dimensions of the base weight of a layer, and the cost of PEFT's adapter for it.
 
     Attributes:
@@ -47,8 +47,8 @@ class LayerType:
         squared_norms: Function of the target layer, its calls in one forward pass and the number of examples B. It
             returns `‖G_t‖²_F` (B), for the loss as it was back-propagated: without the factor B² that a mean over the
             batch needs. It raises `UnattributableError` if rows of the input do not belong to an example.
-        weight: Function of PEFT's LoRA layer or of the plain base layer, which returns the dimensions. It reads them
-            from attributes, because a sharded or offloaded weight may be empty at that time.
+        weight_shape: Function of PEFT's LoRA layer or of the plain base layer, which returns the dimensions. It reads
+            them from attributes, because a sharded or offloaded weight may be empty at that time.
         needs_replay: Whether `squared_norms` runs the layer again. Its calls then have all arguments, the outputs and
             the state of the random numbers; otherwise they have only the input and the gradient of the output.
         all_outputs: Whether `squared_norms` of a layer that needs replay uses the gradients of all outputs. Otherwise
@@ -56,7 +56,7 @@ class LayerType:
     """
 
     squared_norms: SquaredNorms
-    weight: Callable[[Any], Weight]
+    weight_shape: Callable[[Any], WeightShape]
     needs_replay: bool = False
     all_outputs: bool = False
 
@@ -72,7 +72,7 @@ class TargetLayer:
     name: str
     module: Any
     layer_type: LayerType
-    weight: Weight
+    weight_shape: WeightShape
     parameter_name: str | None = None
 
 
@@ -81,7 +81,7 @@ _LAYER_TYPES: dict[str, LayerType] = {}
 
 def register_layer_type(
     *classes: type[nn.Module] | str,
-    weight: Callable[[Any], Weight],
+    weight_shape: Callable[[Any], WeightShape],
     needs_replay: bool = False,
     all_outputs: bool = False,
 ) -> Callable[[SquaredNorms], SquaredNorms]:
@@ -97,14 +97,14 @@ def register_layer_type(
         from fim_lora import register_layer_type
         from fim_lora.fisher.gradients.norms import squared_norms
         from fim_lora.fisher.layers.attribution import by_example, concatenate_calls, flatten_positions
-        from fim_lora.fisher.layers.registry import Weight
+        from fim_lora.fisher.layers.registry import WeightShape
 
 
-        def my_linear_weight(layer):
-            return Weight(layer.out_features, layer.in_features)
+        def my_linear_shape(layer):
+            return WeightShape(layer.out_features, layer.in_features)
 
 
-        @register_layer_type(MyLinear, weight=my_linear_weight)
+        @register_layer_type(MyLinear, weight_shape=my_linear_shape)
         def measure_my_linear(target, calls, batch_size):
             # Examples first: x (B × … × d_in) and g (B × … × d_out).
             pairs = [by_example(call.input, call.gradient, batch_size) for call in calls]
@@ -116,7 +116,8 @@ def register_layer_type(
     Args:
         *classes: Classes of base layers or of PEFT's LoRA layers. A full name, such as `"package.module.Class"`,
             represents a class that is defined only if an optional library is installed.
-        weight: See `LayerType.weight`. With a lambda, a model could not be pickled while its layers are watched.
+        weight_shape: See `LayerType.weight_shape`. It must not be a lambda, because models are pickled together with
+            the hooks on their layers.
         needs_replay: See `LayerType.needs_replay`.
         all_outputs: See `LayerType.all_outputs`.
 
@@ -127,7 +128,7 @@ def register_layer_type(
     def register(function: SquaredNorms) -> SquaredNorms:
         for layer_class in classes:
             name = layer_class if isinstance(layer_class, str) else _full_name(layer_class)
-            _LAYER_TYPES[name] = LayerType(function, weight, needs_replay, all_outputs)
+            _LAYER_TYPES[name] = LayerType(function, weight_shape, needs_replay, all_outputs)
         return function
 
     return register
@@ -143,7 +144,7 @@ def target_layer(name: str, layer: nn.Module) -> TargetLayer:
     for layer_class in (*type(layer).__mro__, *type(base).__mro__):
         found = _LAYER_TYPES.get(_full_name(layer_class))
         if found is not None:
-            return TargetLayer(name, base, found, found.weight(layer), getattr(layer, "parameter_name", None))
+            return TargetLayer(name, base, found, found.weight_shape(layer), getattr(layer, "parameter_name", None))
     supported = ", ".join(sorted({registered.rpartition(".")[2] for registered in _LAYER_TYPES}))
     raise TypeError(
         f"Layer {name!r} is a {_full_name(type(base))}, for which no eFIM is defined (supported: {supported}). Remove "
