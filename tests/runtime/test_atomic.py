@@ -9,20 +9,24 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def write_and_fail(folder, *names):
+    with staged_files(folder) as stage:
+        for name in names:
+            (stage / name).write_text("new")
+        raise KeyError
+
+
 def test_an_exception_leaves_nothing_new(tmp_path):
     (tmp_path / "old").write_text("old")
-    with pytest.raises(KeyError), staged_files(tmp_path) as stage:
-        (stage / "old").write_text("new")
-        (stage / "new").write_text("new")
-        raise KeyError
+    with pytest.raises(KeyError):
+        write_and_fail(tmp_path, "old", "new")
     assert names_in(tmp_path) == ["old"]
     assert (tmp_path / "old").read_text() == "old"
 
 
 def test_an_exception_leaves_no_new_folder(tmp_path):
-    with pytest.raises(KeyError), staged_files(tmp_path / "a" / "b") as stage:
-        (stage / "new").write_text("new")
-        raise KeyError
+    with pytest.raises(KeyError):
+        write_and_fail(tmp_path / "a" / "b", "new")
     assert names_in(tmp_path / "a") == []
 
 

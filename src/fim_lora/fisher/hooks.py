@@ -66,7 +66,7 @@ def _outside_compiled_code(function: Function) -> Function:
 
 
 class _Call(NamedTuple):
-    """One observed call: the run that it belongs to, its arguments and outputs, and the state before it."""
+    """One observed call: the session that it belongs to, its arguments and outputs, and the state before it."""
 
     session: int
     args: tuple[Any, ...]
