@@ -51,7 +51,7 @@ def require_resizable_form(config: LoraConfig, *, except_for: str = "") -> None:
 
 def require_initialization(base_layers: Mapping[str, nn.Module], init_lora_weights: bool | str) -> None:
     """Refuse embeddings, which PEFT would silently initialize with its default; it refuses convolutions itself."""
-    if not isinstance(init_lora_weights, str) or not init_lora_weights.startswith(("pissa", "olora", "orthogonal")):
+    if not changes_base_weight(init_lora_weights) and init_lora_weights != "orthogonal":
         return
     for name, layer in base_layers.items():
         if isinstance(layer, nn.Embedding):
