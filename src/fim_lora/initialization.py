@@ -22,7 +22,7 @@ from .fisher.scores import FimScores, LayerScore
 from .rank_allocation import RankAllocation
 from .runtime.distributed import gather_from_all, run_on_all
 from .runtime.flags import frozen_eval_mode
-from .scoring import scores_of_adapter
+from .scoring import calibrated_scores
 
 
 def initialize_lora_fim_ranks(
@@ -86,7 +86,8 @@ def initialize_lora_fim_ranks(
     if given is not None:
         scores = given
     elif dataloader is not None:
-        scores = scores_of_adapter(model, adapter_name, dataloader, config, forward_fn, show_progress_bar)
+        with lora_layers_disabled(model):
+            scores = calibrated_scores(model, layers, dataloader, config, forward_fn, show_progress_bar)
     else:
         scores = cast(NormRecorder, pending.recorder).result()
 

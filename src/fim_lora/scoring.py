@@ -52,7 +52,9 @@ def get_fim_scores(
     model = unwrap_engine(model)
     if hasattr(model, "peft_config"):
         config = peft_config or lora_config_of(model, adapter_name)
-        scores = scores_of_adapter(model, adapter_name, dataloader, config, forward_fn, show_progress_bar)
+        layers = adapter_layers(model, adapter_name)
+        with lora_layers_disabled(model):
+            scores = calibrated_scores(model, layers, dataloader, config, forward_fn, show_progress_bar)
         return scores.for_targets(watched_adapter(model, adapter_name).converted_targets)
     if peft_config is None:
         raise ValueError("The model has no adapter: pass a LoraConfig as `peft_config` to say what to score.")
@@ -62,28 +64,11 @@ def get_fim_scores(
             "its result."
         )
     targets, converted = convert_targets(model, peft_config)
-    scores = _calibrated(model, targets, dataloader, peft_config, forward_fn, show_progress_bar)
+    scores = calibrated_scores(model, targets, dataloader, peft_config, forward_fn, show_progress_bar)
     return scores.for_targets(converted)
 
 
-def scores_of_adapter(
-    model: nn.Module,
-    adapter_name: str,
-    dataloader: Iterable[Any],
-    config: LoraConfig,
-    forward_fn: ForwardFn | None,
-    show_progress_bar: bool,
-    loss_communicates: bool = False,
-    sequences_per_example: int = 1,
-) -> FimScores:
-    """Scores of the layers of an adapter; see `calibrate` for the arguments."""
-    layers = adapter_layers(model, adapter_name)
-    how = (forward_fn, show_progress_bar, loss_communicates, sequences_per_example)
-    with lora_layers_disabled(model):
-        return _calibrated(model, layers, dataloader, config, *how)
-
-
-def _calibrated(
+def calibrated_scores(
     model: nn.Module,
     layers: Mapping[str, TargetLayer | nn.Module],
     dataloader: Iterable[Any],
@@ -93,6 +78,7 @@ def _calibrated(
     loss_communicates: bool = False,
     sequences_per_example: int = 1,
 ) -> FimScores:
+    """Scores of `layers` by the `fim_config` of a config; see `calibrate` for the other arguments."""
     fim_config = getattr(config, "fim_config", None) or FimConfig()
     return calibrate(
         model,

@@ -14,14 +14,16 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapter.checks import require_unmerged
+from ..adapter.lora_layers import adapter_layers
 from ..adapter.pending_config import awaiting_config
+from ..adapter.watching import lora_layers_disabled
 from ..fisher.scores import FimScores
 from ..initialization import initialize_lora_fim_ranks
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..runtime.atomic import file_restorer
 from ..runtime.distributed import is_main_process, run_on_all
-from ..scoring import scores_of_adapter
+from ..scoring import calibrated_scores
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -73,16 +75,17 @@ def initialize_lora_fim_ranks_for_trainer(
         if resume_from_checkpoint:
             scores = run_on_all(lambda: _previous_scores(trainer, resume_from_checkpoint, config))
         else:
-            scores = scores_of_adapter(
-                model,
-                adapter_name,
-                batches,
-                config,
-                forward_fn,
-                show_progress_bar,
-                loss_communicates=True,
-                sequences_per_example=_sequences_per_example(trainer),
-            )
+            with lora_layers_disabled(model):
+                scores = calibrated_scores(
+                    model,
+                    adapter_layers(model, adapter_name),
+                    batches,
+                    config,
+                    forward_fn,
+                    show_progress_bar,
+                    loss_communicates=True,
+                    sequences_per_example=_sequences_per_example(trainer),
+                )
         # The checkpoint may be in another folder.
         with _saved(RankAllocation.from_scores(scores, config), Path(trainer.args.output_dir) / ALLOCATION_FILE):
             eva_batches = batches if config.fim_config.init_lora_weights == "eva" else None
