@@ -66,30 +66,30 @@ def test_checkpointing_of_transformers_changes_no_score(reentrant):
     model = llama().train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    estimator = own_loop(model, names, batches)
-    assert_scores(estimator.result(), per_example_scores(llama(), batches, names))
+    recorder = own_loop(model, names, batches)
+    assert_scores(recorder.result(), per_example_scores(llama(), batches, names))
 
 
 def own_loop(model, names, batches, max_batches=None, roots=True):
-    estimator = norm_recorder({name: model.get_submodule(name) for name in names})
-    estimator.start(*([model] if roots else []), max_batches=max_batches)
+    recorder = norm_recorder({name: model.get_submodule(name) for name in names})
+    recorder.start(*([model] if roots else []), max_batches=max_batches)
     for batch in batches:
         model(**batch).loss.backward()
-    return estimator
+    return recorder
 
 
 @pytest.mark.parametrize("roots", [False, True])
 def test_own_loop_equals_autograd(roots):
     batches, names = lm_batches(), names_of(llama(), "q_proj", "down_proj")
-    estimator = own_loop(llama(), names, batches, roots=roots)
-    assert_scores(estimator.result(), per_example_scores(llama(), batches, names))
+    recorder = own_loop(llama(), names, batches, roots=roots)
+    assert_scores(recorder.result(), per_example_scores(llama(), batches, names))
 
 
 def test_evaluation_between_backward_passes_leaves_no_trace():
     batches, names = lm_batches(), names_of(llama(), "q_proj", "down_proj")
     model = llama()
-    estimator = norm_recorder({name: model.get_submodule(name) for name in names})
-    estimator.start(model)
+    recorder = norm_recorder({name: model.get_submodule(name) for name in names})
+    recorder.start(model)
     for batch in batches:
         with torch.no_grad():
             model(**batch)
@@ -98,8 +98,8 @@ def test_evaluation_between_backward_passes_leaves_no_trace():
         model(**batch).loss.backward()
         with torch.no_grad():
             model(**batch)
-    assert estimator.num_batches == len(batches)
-    assert_scores(estimator.result(), per_example_scores(llama(), batches, names))
+    assert recorder.num_batches == len(batches)
+    assert_scores(recorder.result(), per_example_scores(llama(), batches, names))
 
 
 def test_two_forward_passes_into_one_loss():
@@ -113,10 +113,10 @@ def test_two_forward_passes_into_one_loss():
         )
         return (one * two).sum() * factor
 
-    estimator = norm_recorder({name: model.get_submodule(name) for name in names})
-    estimator.start(model)
+    recorder = norm_recorder({name: model.get_submodule(name) for name in names})
+    recorder.start(model)
     (pair_loss(model) / 4).backward()
-    scores = estimator.result()
+    scores = recorder.result()
     assert scores.num_batches == 1
 
     double = bert(num_labels=4).eval().double()
@@ -130,8 +130,8 @@ def test_two_forward_passes_into_one_loss():
 
 def test_a_second_backward_through_one_graph_is_refused():
     model = llama()
-    estimator = norm_recorder({"lm_head": model.lm_head})
-    estimator.start(model)
+    recorder = norm_recorder({"lm_head": model.lm_head})
+    recorder.start(model)
     loss = model(**token_batch()).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="'lm_head' received a second gradient"):
@@ -169,32 +169,32 @@ def test_what_follows_a_layer_may_change_its_output_in_place():
 def test_copies_and_pickles_of_a_model_with_hooks_go_on_by_themselves():
     batches, names = lm_batches(4), names_of(llama(), "q_proj")
     model = llama()
-    estimator = norm_recorder({name: model.get_submodule(name) for name in names})
-    model.estimator = estimator
-    estimator.start(model, max_batches=4)
+    recorder = norm_recorder({name: model.get_submodule(name) for name in names})
+    model.recorder = recorder
+    recorder.start(model, max_batches=4)
     for batch in batches[:2]:
         model(**batch).loss.backward()
     model(**batches[2])  # in flight: a graph cannot be copied
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for clone in copies:
-        assert clone.estimator is not estimator
+        assert clone.recorder is not recorder
         for batch in batches[2:]:
             clone(**batch).loss.backward()
-        assert_scores(clone.estimator.result(), per_example_scores(llama(), batches, names))
+        assert_scores(clone.recorder.result(), per_example_scores(llama(), batches, names))
         assert not any(module._forward_hooks for module in clone.modules())
-    assert estimator.num_batches == 2
+    assert recorder.num_batches == 2
     for batch in batches[2:]:
         model(**batch).loss.backward()
-    assert estimator.result() == copies[0].estimator.result()
+    assert recorder.result() == copies[0].recorder.result()
 
 
 def test_hooks_stop_after_the_last_batch():
     batches, names = lm_batches(3), names_of(llama(), "q_proj", "up_proj")
     model = llama()
-    estimator = own_loop(model, names, batches[:2], max_batches=2)
+    recorder = own_loop(model, names, batches[:2], max_batches=2)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     model(**batches[2]).loss.backward()
-    assert estimator.result().num_batches == 2
+    assert recorder.result().num_batches == 2
 
 
 class _OutOfMemory(torch.autograd.Function):
@@ -214,8 +214,8 @@ def test_a_backward_pass_that_raised_half_way_counts_nothing(use_reentrant):
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model.enable_input_require_grads()
     names = names_of(model, "q_proj", "v_proj")
-    estimator = norm_recorder({name: model.get_submodule(name) for name in names})
-    estimator.start(model)
+    recorder = norm_recorder({name: model.get_submodule(name) for name in names})
+    recorder.start(model)
     batches = lm_batches(3)
     # The backward pass has finished the second layer and not yet reached the first.
     hook = model.model.layers[1].register_forward_pre_hook(
@@ -226,7 +226,7 @@ def test_a_backward_pass_that_raised_half_way_counts_nothing(use_reentrant):
     hook.remove()
     for batch in batches[1:]:
         model(**batch).loss.backward()
-    scores = estimator.result()
+    scores = recorder.result()
     assert scores.num_batches == 2
     for name, values in per_example_scores(llama(), batches[1:], names).items():
         assert scores[name].mean == pytest.approx(values.mean().item(), rel=1e-6)

@@ -113,13 +113,13 @@ def test_inductor():
 
     compiled = torch.compile(model, backend="inductor")
     compiled(batches[0]).square().sum().backward()
-    estimator = norm_recorder({name: model.get_submodule(name) for name in values})
+    recorder = norm_recorder({name: model.get_submodule(name) for name in values})
     torch.compiler.reset()
-    estimator.start(model)
+    recorder.start(model)
     for x in batches:
         (compiled(x).square().sum() / len(x)).backward()
-    assert_scores(estimator.result(), truth)
+    assert_scores(recorder.result(), truth)
     scores = calibrate_norms(
-        compiled, estimator.layers, batches, 2, lambda model, x: model(x).square().sum() / len(x), False
+        compiled, recorder.layers, batches, 2, lambda model, x: model(x).square().sum() / len(x), False
     )
     assert_scores(scores, truth)

@@ -36,7 +36,7 @@ def test_it_is_the_mean_of_squared_products_with_the_signs(shape):
 
 @pytest.mark.parametrize("singular_values", [[1.0], [1.0, 1.0, 1.0, 1.0], [3.0, 1.0, 0.1]])
 def test_no_bias_and_the_stated_variance(singular_values):
-    """Moments of 4,000 independent estimates against those of Hutchinson's estimator, computed from `Gᵀ G`."""
+    """Moments of 4,000 independent estimates against those of Hutchinson's recorder, computed from `Gᵀ G`."""
     torch.manual_seed(0)
     count, rank = 4000, len(singular_values)
     left, right = (torch.linalg.qr(torch.randn(size, rank, dtype=torch.float64))[0] for size in (9, 7))

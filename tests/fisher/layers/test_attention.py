@@ -90,13 +90,13 @@ def test_attention_in_a_transformer_of_pytorch_with_dropout():
         torch.manual_seed(3)
         return layer(x.to(next(layer.parameters()).dtype)).pow(3).sum()
 
-    estimator = norm_recorder({"attention": layer.self_attn, "linear1": layer.linear1})
-    estimator.start(layer)
+    recorder = norm_recorder({"attention": layer.self_attn, "linear1": layer.linear1})
+    recorder.start(layer)
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
     loss_of(layer).backward()
     after = torch.get_rng_state()
-    scores = estimator.result()
+    scores = recorder.result()
     loss_of(layer)
     assert torch.equal(torch.get_rng_state(), after)
 

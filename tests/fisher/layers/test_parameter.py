@@ -161,8 +161,8 @@ def test_half_precision_experts_keep_small_gradients():
     g = torch.full((6, WIDTH), 2e-7).half()
     wrapped = nn.Sequential(layer)
     get_peft_model(wrapped, LoraConfig(target_modules=[], target_parameters=["0.down"]))
-    estimator = norm_recorder({"down": wrapped[0]})
-    estimator.start()
+    recorder = norm_recorder({"down": wrapped[0]})
+    recorder.start()
     layer(x, index, weights).backward(g)
 
     values = []
@@ -173,7 +173,7 @@ def test_half_precision_experts_keep_small_gradients():
         y = functional_call(Experts(3).double(), parameters, one)
         (gradient,) = torch.autograd.grad(y, weight, g[row : row + 1].double() * 6)
         values.append(gradient.square().mean())
-    assert estimator.result()["down"].mean == pytest.approx(torch.stack(values).mean().item(), rel=0.01)
+    assert recorder.result()["down"].mean == pytest.approx(torch.stack(values).mean().item(), rel=0.01)
 
 
 # --- Parameters of modules with several outputs, such as the router of a mixture ---
