@@ -94,10 +94,10 @@ class Recorder(Generic[Measurement, Result]):
         self._handles.clear()
 
     @contextmanager
-    def recording(self, *roots: nn.Module) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """Record inside of the block: `start` and `stop`."""
         try:
-            self.start(*roots)
+            self.start()
             yield
         finally:
             self.stop()
