@@ -9,7 +9,7 @@ from torch import nn
 
 from fim_lora import FimConfig, RankAllocation, allocate_ranks, get_fim_scores, initialize_lora_fim_ranks
 from helpers.adapters import fim_lora_config, fim_model, logits, lora_layers, randomize, state_of
-from helpers.stock_peft import stock
+from helpers.stock_peft import require_equal_outputs
 from helpers.tiny_models import eva_batches, gpt2, llama, lm_batches
 
 INITIALIZATIONS = [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_8", "olora", "eva"]
@@ -82,14 +82,7 @@ def test_weights_are_those_of_stock_peft_at_these_ranks(init):
 def test_a_saved_adapter_gives_equal_outputs_in_stock_peft(tmp_path, init):
     model, _ = allocated(init, task_type="CAUSAL_LM")
     randomize(model)
-    torch.save(logits(model), tmp_path / "logits.pt")
-    model.save_pretrained(tmp_path)
-    stock(f"""
-        model = PeftModel.from_pretrained(base, {str(tmp_path)!r}).eval()
-        with torch.no_grad():
-            logits = model(**token_batch()).logits
-        torch.testing.assert_close(logits, torch.load({str(tmp_path / "logits.pt")!r}), rtol=1e-3, atol=1e-3)
-    """)
+    require_equal_outputs(model, logits(model), tmp_path, 1e-3)
 
 
 @pytest.mark.parametrize("init", FROM_BASE_WEIGHT)

@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from fim_lora import RankAllocation, get_fim_scores, initialize_lora_fim_ranks
 from helpers.adapters import fim_lora_config, fim_model, logits, randomize
-from helpers.stock_peft import stock
+from helpers.stock_peft import require_equal_outputs, stock
 from helpers.tiny_models import llama, lm_batches, token_batch
 
 
@@ -17,14 +17,7 @@ def test_a_saved_adapter_gives_equal_outputs(tmp_path, allocated, options):
     if allocated:
         initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
     randomize(model)
-    torch.save(logits(model), tmp_path / "logits.pt")
-    model.save_pretrained(tmp_path)
-    stock(f"""
-        model = PeftModel.from_pretrained(base, {str(tmp_path)!r}).eval()
-        with torch.no_grad():
-            logits = model(**token_batch()).logits
-        torch.testing.assert_close(logits, torch.load({str(tmp_path / "logits.pt")!r}), rtol=1e-5, atol=1e-5)
-    """)
+    require_equal_outputs(model, logits(model), tmp_path, 1e-5)
 
 
 def test_to_lora_config_gives_the_ranks_to_any_trainer(tmp_path):

@@ -6,6 +6,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import torch
+
 LOAD = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -27,3 +29,16 @@ def stock(body):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert result.returncode == 0, result.stderr
     return result
+
+
+def require_equal_outputs(model, logits, folder, tolerance):
+    """Saves an adapter of `llama()`, and compares the logits of `token_batch()` in stock PEFT with `logits`."""
+    torch.save(logits, folder / "logits.pt")
+    model.save_pretrained(folder)
+    stock(f"""
+        model = PeftModel.from_pretrained(base, {str(folder)!r}).eval()
+        with torch.no_grad():
+            logits = model(**token_batch()).logits
+        expected = torch.load({str(folder / "logits.pt")!r})
+        torch.testing.assert_close(logits, expected, rtol={tolerance}, atol={tolerance})
+    """)

@@ -116,14 +116,20 @@ def number_of_terms(model, batch):
 
 
 def per_example_scores(model, batches, names):
-    """The truth: `mean(G_t ∘ G_t)` of every example, in float64, one example and one backward pass at a time.
+    """The truth: `mean(G_t ∘ G_t)` of every example for the weights of some layers, in float64."""
+    model = model.double().eval()
+    weights = {name: model.get_submodule(name).weight for name in names}
+    values = per_example_values(model, batches, weights)
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+def per_example_values(model, batches, weights):
+    """`mean(G_t ∘ G_t)` of every example for given weights, one example and one backward pass at a time.
 
     The model's loss is a mean over the terms of the batch, which is (1/B) Σ_t ℓ_t with ℓ_t = B / terms · (sum over
     the terms of example t).
     """
-    model = model.double().eval()
-    weights = {name: model.get_submodule(name).weight for name in names}
-    values = {name: [] for name in names}
+    values = {name: [] for name in weights}
     for batch in batches:
         size, terms = len(batch["input_ids"]), number_of_terms(model, batch)
         for row in range(size):
@@ -131,7 +137,7 @@ def per_example_scores(model, batches, names):
             gradients = torch.autograd.grad(share, list(weights.values()))
             for name, gradient in zip(weights, gradients, strict=True):
                 values[name].append(gradient.square().mean().item())
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    return values
 
 
 def names_of(model, *ends):

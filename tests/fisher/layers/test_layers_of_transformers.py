@@ -15,19 +15,12 @@ from transformers import ConvNextConfig, ConvNextForImageClassification
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from helpers.adapters import fim_lora_config, logits, randomize, run_own_loop
 from helpers.expert_models import EXPERTS, mixtral, olmoe, qwen3_moe, qwen_moe
-from helpers.tiny_models import llama, lm_batches, number_of_terms, sum_of_losses, token_batch
+from helpers.tiny_models import llama, lm_batches, per_example_values, token_batch
 
 
 def truth_of(model, batches, weights):
     """`mean(G_t ∘ G_t)` of given weights, averaged over examples, in float64."""
-    values = {name: [] for name in weights}
-    for batch in batches:
-        size, terms = len(batch["input_ids"]), number_of_terms(model, batch)
-        for row in range(size):
-            share = sum_of_losses(model, batch, slice(row, row + 1)) * size / terms
-            gradients = torch.autograd.grad(share, list(weights.values()))
-            for name, gradient in zip(weights, gradients, strict=True):
-                values[name].append(gradient.square().mean().item())
+    values = per_example_values(model, batches, weights)
     return {name: sum(value) / len(value) for name, value in values.items()}
 
 
