@@ -173,7 +173,7 @@ def require_truth(scores, batches):
 
 def test_a_dataloader_that_ends_early():
     batches = lm_batches(2)
-    with pytest.warns(UserWarning, match="yielded 2 batches, but fim_calibration_batches=5"):
+    with pytest.warns(UserWarning, match="yielded 2 batches, but 5 were asked for"):
         scores = scores_of(batches, 5)
     assert scores.num_batches == 2
     require_truth(scores, batches)

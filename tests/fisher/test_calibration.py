@@ -69,7 +69,7 @@ def test_no_batch_and_too_few_batches():
     model = llama()
     with pytest.raises(ValueError, match="yielded no batch"):
         calibrate_norms(model, {"lm_head": model.lm_head}, [], 3, show_progress_bar=False)
-    with pytest.warns(UserWarning, match="yielded 2 batches, but fim_calibration_batches=3"):
+    with pytest.warns(UserWarning, match="yielded 2 batches, but 3 were asked for"):
         calibrate_norms(model, {"lm_head": model.lm_head}, lm_batches(2), 3, show_progress_bar=False)
     with pytest.raises(RuntimeError, match="No calibration batch was seen"):
         norm_recorder({"lm_head": model.lm_head}).result()

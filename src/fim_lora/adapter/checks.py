@@ -15,7 +15,7 @@ from ..runtime.offloading import is_offloaded
 from ..runtime.wrappers import any_sharded, strip_wrapper_names, uses_fsdp1
 from .layer_state import own_modules_and_parameters
 from .lora_layers import layers_rebuilt_together, name_in_base_model
-from .pending_config import final_initialization
+from .pending_config import awaits_ranks, final_initialization
 
 # Fields of `LoraConfig` with which a layer cannot get another rank after it is built, and why. Older versions of PEFT
 # do not have all of them.
@@ -32,6 +32,10 @@ NOT_RESIZABLE = {
     "arrow_config": "a router of Arrow mixes other adapters, and its own A and B are never used. Leave it out",
 }
 
+# The beginnings of PEFT's initializations that subtract something of the adapter's rank from the base weights. PEFT
+# does it again whenever the adapter is loaded.
+CHANGES_BASE_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config: LoraConfig) -> None:
     """Refuse an adapter whose ranks cannot be changed."""
@@ -39,7 +43,60 @@ def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config:
     base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
     require_initialization(base_layers, final_initialization(config))
     require_unmerged(model)
-    _require_unsharded(model, layers)
+    require_unsharded(model, layers)
+
+
+def require_compressible(
+    model: nn.Module, layers: Mapping[str, LoraLayer], config: LoraConfig, adapter_name: str
+) -> None:
+    """Refuse a trained adapter that does not add `s · B A` to its base weights, or whose weights cannot be read."""
+    if awaits_ranks(config):
+        raise ValueError(
+            f"Adapter {adapter_name!r} still awaits its ranks: call `initialize_lora_fim_ranks`, and train it first."
+        )
+    require_unmerged(model)
+    if uses_fsdp1(model):
+        raise ValueError("FullyShardedDataParallel flattens the adapter's weights: use FSDP2 (`fully_shard`).")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(CHANGES_BASE_WEIGHT):
+        raise ValueError(
+            f"The adapter was initialized with {init!r}, which changed the base weights by an adapter of the present "
+            "rank. Save it as plain LoRA with save_pretrained(..., path_initial_model_for_weight_conversion=...) of "
+            "PEFT or `peft.save_as_lora`, load that, and compress it."
+        )
+    seen: dict[int, str] = {}
+    for name, layer in layers.items():
+        _require_plain_lora(name, layer, adapter_name)
+        for part in layers_rebuilt_together(layer):
+            for (_, own_name), parameter in own_modules_and_parameters(part)[1].items():
+                if "lora_" not in own_name and own_name != "weight":
+                    continue
+                if seen.setdefault(id(parameter), name) != name:
+                    raise ValueError(
+                        f"Layers {seen[id(parameter)]!r} and {name!r} share the weights of their adapter "
+                        "(ensure_weight_tying), which cannot be truncated in two ways: train without it."
+                    )
+
+
+def _require_plain_lora(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    for part in layers_rebuilt_together(layer):
+        variant = getattr(part, "lora_variant", {}).get(adapter_name)
+        kind = "DoRA" if part.use_dora.get(adapter_name) else type(variant).__name__
+        if variant is not None or part.use_dora.get(adapter_name):
+            raise ValueError(
+                f"Layer {name!r} has a variant of LoRA ({kind}), which does more than add B A to the weight. Convert "
+                "it to plain LoRA first, for example with `peft.convert_to_lora`, and compress that."
+            )
+
+
+def require_active(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    """Refuse an adapter that a forward pass would not use."""
+    for name, layer in layers.items():
+        if layer.disable_adapters or adapter_name not in layer.active_adapters:
+            raise ValueError(
+                f"Adapter {adapter_name!r} is not active in layer {name!r}: call `set_adapter({adapter_name!r})`, "
+                "outside of `disable_adapter`."
+            )
 
 
 def require_resizable_form(config: LoraConfig, *, except_for: str = "") -> None:
@@ -94,7 +151,7 @@ def require_not_offloaded(layers: Mapping[str, LoraLayer], init_lora_weights: bo
             )
 
 
-def _require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+def require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
     """Refuse sharded adapters, because a sharded parameter cannot change its shape."""
     in_fsdp1 = uses_fsdp1(model)
     for name, layer in layers.items():

@@ -29,10 +29,12 @@ class Factors:
     Attributes:
         a: A: r × d_in for linear layers, r × C_in × kernel for convolutions, r × ids for embeddings.
         b: B: d_out × r, and so on; `None` for zero.
+        bias: The bias of B with `lora_bias` (d_out).
     """
 
     a: Tensor
     b: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def resize_adapter(
@@ -93,11 +95,14 @@ def _require_usable(factors: Mapping[str, Sequence[Factors]], kept: Iterable[str
     unknown = sorted(set(factors).difference(kept))
     if unknown:
         raise ValueError(f"Factors are given for {unknown[0]!r}, which does not keep an adapter: remove them.")
-    with_b = any(given.b is not None for of_layer in factors.values() for given in of_layer)
-    if with_b and (config.use_dora or config.lora_bias or changes_base_weight(config.init_lora_weights)):
+    with_b = [given for of_layer in factors.values() for given in of_layer if given.b is not None]
+    if not with_b:
+        return
+    without_bias = config.lora_bias and any(given.bias is None for given in with_b)
+    if config.use_dora or without_bias or changes_base_weight(config.init_lora_weights):
         raise ValueError(
-            "A given B cannot be combined with use_dora, lora_bias, PiSSA or OLoRA: the magnitude, the bias or the "
-            "base weight would not belong to it. Use a config without them."
+            "A given B cannot be combined with use_dora, PiSSA or OLoRA, or without its bias with lora_bias: the "
+            "magnitude, the base weight or the bias would not belong to it. Use a config without them."
         )
 
 
@@ -126,6 +131,8 @@ def resize_layer(
         for part, given in zip(layers_rebuilt_together(layer), factors, strict=True):
             _write_factor(name, part, "A", adapter_name, given.a)
             _write_factor(name, part, "B", adapter_name, given.b)
+            if given.bias is not None:
+                part.lora_B[adapter_name].bias.data = given.bias.clone()
 
 
 def _update_arguments(layer: LoraLayer, config: LoraConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..runtime.distributed import batches_in_lockstep, gather_from_all
 from ..runtime.flags import frozen_eval_mode
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
-from .layers.attribution import batch_size_of
+from .layers.attribution import batch_size_of, loss_terms_of
 from .layers.registry import TargetLayer
 from .norm_sums import CAUSES_OF_NO_GRADIENT
 from .recorder import Recorder
@@ -44,6 +44,7 @@ def calibrate(
     show_progress_bar: bool = True,
     loss_communicates: bool = False,
     sequences_per_example: int = 1,
+    enough: Callable[[Any], bool] | None = None,
 ) -> Result:
     """Collect a statistic of `layers` over some batches, in eval mode.
 
@@ -56,7 +57,7 @@ def calibrate(
     a forward pass, and a backward pass with respect to activations.
 
     Args:
-        model: The model, with its adapters disabled.
+        model: The model; with its adapters disabled, if the statistic is of base layers.
         layers: Name to target layer, PEFT's LoRA layer or base layer.
         statistic: What to measure on these layers.
         dataloader: Yields batches: mappings, tuples or tensors, with what the loss needs.
@@ -66,6 +67,8 @@ def calibrate(
         loss_communicates: Whether `forward_fn` exchanges something between processes, as trainers do for metrics.
         sequences_per_example: Sequences that make up one example, such as 2 for batches of chosen texts followed by
             the rejected ones.
+        enough: Function of the statistic over the examples of all processes, which is asked after 2, 4, 8, 16, …
+            batches whether they are enough. `num_batches` is then only the limit, and the dataloader may have fewer.
 
     Returns:
         The result of the statistic.
@@ -81,10 +84,10 @@ def calibrate(
     in_lockstep = loss_communicates or needs_all_processes(model)
 
     def run(batch: Any, counts: bool) -> None:
-        batch = send_to_device(batch, _device_of(model))
+        batch = send_to_device(batch, device_of(model))
         rows = batch_size_of(batch, getattr(model, "main_input_name", None))
         size = None if rows is None else rows // sequences_per_example
-        with recorder.batch(size, sequences_per_example, counts):
+        with recorder.batch(size, sequences_per_example, counts, loss_terms_of(batch, size)):
             loss = loss_of(forward_fn(model, batch))
             recorder.note_loss(loss)
             loss.backward()
@@ -96,14 +99,21 @@ def calibrate(
         recorder.recording(),
         tqdm(total=num_batches, desc="eFIM", unit="batch", disable=not show_progress_bar) as progress,
     ):
-        for batch, is_own in batches_in_lockstep(dataloader, num_batches, with_stand_ins=in_lockstep):
+        turns = enumerate(batches_in_lockstep(dataloader, num_batches, with_stand_ins=in_lockstep))
+        for turn, (batch, is_own) in turns:
+            if enough is not None and _is_power_of_two(turn) and enough(recorder.merged_statistic()):
+                break
             if in_lockstep:
                 run(batch, is_own)
             else:
                 gather_from_all(lambda: run(batch, True) if is_own else None)  # noqa: B023  called at once
             progress.update(is_own)
-    _require_batches(recorder.num_batches, num_batches)
+    _require_batches(recorder.num_batches, num_batches if enough is None else 0)
     return recorder.result()
+
+
+def _is_power_of_two(turn: int) -> bool:
+    return turn > 1 and turn & (turn - 1) == 0
 
 
 def _require_batches(seen: int, num_batches: int) -> None:
@@ -111,18 +121,31 @@ def _require_batches(seen: int, num_batches: int) -> None:
         raise ValueError("The dataloader yielded no batch: the eFIM needs at least one.")
     if seen < num_batches:
         warnings.warn(
-            f"The dataloader yielded {seen} batches, but fim_calibration_batches={num_batches}: the eFIM is averaged "
-            f"over {seen} batches. Provide more batches, or lower fim_calibration_batches.",
+            f"The dataloader yielded {seen} batches, but {num_batches} were asked for (by fim_calibration_batches or "
+            f"num_batches): the eFIM is averaged over {seen} batches. Provide more batches, or ask for fewer.",
             stacklevel=4,
         )
 
 
 def loss_of(output: Any) -> Tensor:
-    """The scalar loss in what a forward function returned: `.loss`, `["loss"]`, or the output itself.
+    """The scalar loss in what a forward function returned, ready for a backward pass.
 
     Raises:
         TypeError: If the output holds no loss.
         ValueError: If the loss is `None`, has more than one element, or requires no gradient.
+    """
+    loss = loss_in(output)
+    if not loss.requires_grad:
+        raise ValueError(f"The loss depends on no target layer. {CAUSES_OF_NO_GRADIENT}")
+    return loss
+
+
+def loss_in(output: Any) -> Tensor:
+    """The scalar loss in what a forward function returned: `.loss`, `["loss"]`, or the output itself.
+
+    Raises:
+        TypeError: If the output holds no loss.
+        ValueError: If the loss is `None` or has more than one element.
     """
     loss = output
     if isinstance(output, Mapping) and "loss" in output:
@@ -142,12 +165,10 @@ def loss_of(output: Any) -> Tensor:
         raise TypeError(f"The loss is a {type(loss).__name__}, not a tensor: return a tensor from `forward_fn`.")
     if loss.numel() != 1:
         raise ValueError(f"The loss has shape {tuple(loss.shape)}; it must be a scalar, the mean over examples.")
-    if not loss.requires_grad:
-        raise ValueError(f"The loss depends on no target layer. {CAUSES_OF_NO_GRADIENT}")
     return loss
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """The device of the inputs: that of the first parameter that is not on the meta device."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))

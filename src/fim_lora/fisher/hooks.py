@@ -15,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from ..runtime.replay import CallState
 from .layers.attribution import batch_size_of
 from .layers.call import input_of
-from .layers.registry import TENSOR_PARALLELISM, TargetLayer
-from .saved import SavedCall, SavedInput, join_outputs
+from .layers.components import AdaptedLayer
+from .layers.registry import TENSOR_PARALLELISM, Observed, TargetLayer
+from .saved import SavedCall, SavedTensor, join_outputs
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,7 +34,7 @@ class CallWatcher(Protocol):
     def begin_call(self, name: str) -> bool:
         """A layer was called; return whether to observe the call."""
 
-    def note_input(self, name: str, saved: SavedInput) -> None:
+    def note_input(self, name: str, saved: SavedTensor) -> None:
         """The input of a layer was saved."""
 
     def note_adapter_input(self, name: str, x: Tensor) -> None:
@@ -42,7 +43,7 @@ class CallWatcher(Protocol):
     def note_backward(self, session: int) -> None:
         """A backward pass has begun, of a forward pass of the whole model in this session."""
 
-    def receive(self, name: str, session: int, saved: SavedInput | SavedCall, *gradients: Tensor | None) -> None:
+    def receive(self, name: str, session: int, saved: SavedTensor | SavedCall, *gradients: Tensor | None) -> None:
         """The gradients of the outputs of a call have arrived."""
 
 
@@ -108,23 +109,47 @@ class LayerHook:
         x = input_of(args, kwargs)
         _refuse_tensor_parallelism(self.target, x, outputs[0])
         starts_graph = not any(isinstance(value, Tensor) and value.requires_grad for value in outputs)
-        _refuse_missing_gradient(self.target, x, starts_graph)
+        _refuse_missing_gradient(self.target.name, self.target.module, x, starts_graph)
         if starts_graph:
             outputs = [_as_start_of_graph(value) for value in outputs]
         joined = watch(_Call(self.watcher.session, args, kwargs, outputs, state))
         return tree_unflatten(joined or outputs, structure) if joined or starts_graph else None
 
     def _watch_input(self, call: _Call) -> None:
-        saved = SavedInput(input_of(call.args, call.kwargs))
+        saved = SavedTensor(input_of(call.args, call.kwargs))
         self.watcher.note_input(self.target.name, saved)
         self._watch_first(call, saved)
 
-    def _watch_first(self, call: _Call, saved: SavedInput | SavedCall) -> None:
+    def _watch_first(self, call: _Call, saved: SavedTensor | SavedCall) -> None:
         """Only the first output counts; the others are attention weights."""
         call.outputs[0].register_hook(partial(self.watcher.receive, self.target.name, call.session, saved))
         for further in call.outputs[1:]:
             if isinstance(further, Tensor) and further.requires_grad:
                 further.register_hook(partial(_refuse_gradient, self.target.name))
+
+
+@dataclass
+class OutputHook(LayerHook):
+    """Forward hook of a module of which only the output is needed: the A of an adapter."""
+
+    def register(self) -> list[RemovableHandle]:
+        """Register the hook on its module, and a check on the base layer, through which gradients must pass."""
+        base_layer = cast(AdaptedLayer, self.target).base_layer
+        return [base_layer.register_forward_hook(self.check_base_layer, with_kwargs=True), *super().register()]
+
+    def check_base_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Refuse a base layer that passes no gradient to the layers before it."""
+        x = input_of(args, kwargs)
+        if torch.is_grad_enabled() and not self.watcher.paused and not is_inside_backward():
+            _refuse_missing_gradient(self.target.name, module, x, starts_graph=not output.requires_grad)
+
+    @_outside_compiled_code
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Save the output, and register a hook for its gradient."""
+        return self._observe(args, kwargs, output, self._watch_output)
+
+    def _watch_output(self, call: _Call) -> None:
+        self._watch_first(call, SavedTensor(call.outputs[0]))
 
 
 @dataclass
@@ -225,10 +250,16 @@ class RootHook:
 
 
 def layer_hook(watcher: CallWatcher, target: TargetLayer) -> LayerHook:
-    """The hook that the type of a layer needs."""
-    if target.layer_type.all_outputs:
-        return AllOutputsHook(watcher, target)
-    return (ReplayedLayerHook if target.layer_type.needs_replay else LayerHook)(watcher, target)
+    """The hook that observes what the type of a layer needs."""
+    return _HOOKS[target.observed](watcher, target)
+
+
+_HOOKS: dict[Observed, type[LayerHook]] = {
+    "input": LayerHook,
+    "output": OutputHook,
+    "call": ReplayedLayerHook,
+    "all outputs": AllOutputsHook,
+}
 
 
 def _as_start_of_graph(value: Any) -> Any:
@@ -245,21 +276,21 @@ def _refuse_tensor_parallelism(target: TargetLayer, x: Tensor, output: Any) -> N
         )
 
 
-def _refuse_missing_gradient(target: TargetLayer, x: Tensor, starts_graph: bool) -> None:
+def _refuse_missing_gradient(name: str, module: nn.Module, x: Tensor, starts_graph: bool) -> None:
     """Refuse a kernel for inference, because gradients of the layers before it would be missing or wrong."""
     if not x.requires_grad:
         return
     if starts_graph:
         raise RuntimeError(
-            f"Layer {target.name!r} ({type(target.module).__name__}) passes no gradient to its input, as some "
+            f"Layer {name!r} ({type(module).__name__}) passes no gradient to its input, as some "
             "quantizations for inference do, so layers before it would score zero. Load the model in a quantization "
             "that can be trained."
         )
     # bitsandbytes has no other attribute that shows this.
-    quant_state = getattr(getattr(target.module, "weight", None), "quant_state", None)
+    quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
     if getattr(quant_state, "packing_format_for_cpu", False):
         raise RuntimeError(
-            f"bitsandbytes repacked the weight of layer {target.name!r} during an evaluation on this CPU, for a "
+            f"bitsandbytes repacked the weight of layer {name!r} during an evaluation on this CPU, for a "
             "kernel without a gradient. Load the model again, and do not evaluate it before the calibration."
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..runtime.distributed import process_number
 from .layers.call import LayerCall
-from .saved import SavedInput
+from .saved import SavedTensor
 
 Measurement = TypeVar("Measurement")
 
@@ -32,13 +32,14 @@ class Pass(Generic[Measurement]):
         running: Numbers of the autograd runs that have begun and not ended.
         process: Number of this process.
         loss: The loss (1), if known.
+        num_loss_terms: Terms that the loss is the mean of, if known; see `BatchRows`.
     """
 
     batch_size: int | None = None
     sequences_per_example: int = 1
     counts: bool = True
     num_calls: dict[str, int] = field(default_factory=dict)
-    latest_input: dict[str, ReferenceType[SavedInput]] = field(default_factory=dict)
+    latest_input: dict[str, ReferenceType[SavedTensor]] = field(default_factory=dict)
     waiting: dict[str, list[LayerCall]] = field(default_factory=dict)
     measured: dict[str, Measurement] = field(default_factory=dict)
     num_outstanding: int = 0
@@ -46,6 +47,7 @@ class Pass(Generic[Measurement]):
     running: set[int] = field(default_factory=set)
     process: int = field(default_factory=process_number)
     loss: Tensor | None = None
+    num_loss_terms: int | None = None
 
     def add_call(self, name: str) -> None:
         """Count a call of a layer in the forward pass."""

@@ -20,7 +20,7 @@ from .layers.attribution import UnattributableError
 from .layers.call import LayerCall
 from .layers.registry import TargetLayer, target_layer
 from .passes import Pass
-from .saved import SavedCall, SavedInput
+from .saved import SavedCall, SavedTensor
 from .statistic import BatchRows, Statistic
 
 Measurement = TypeVar("Measurement")
@@ -103,15 +103,22 @@ class Recorder(Generic[Measurement, Result]):
             self.stop()
 
     @contextmanager
-    def batch(self, batch_size: int | None, sequences_per_example: int = 1, counts: bool = True) -> Iterator[None]:
+    def batch(
+        self,
+        batch_size: int | None,
+        sequences_per_example: int = 1,
+        counts: bool = True,
+        num_loss_terms: int | None = None,
+    ) -> Iterator[None]:
         """One forward and backward pass. If no layer receives a gradient, it counts with gradients of zero.
 
         Args:
             batch_size: Examples in the batch; `None` for the leading dimension of each layer's input.
             sequences_per_example: Sequences that make up one example; see `LayerCall.grouped_by_example`.
             counts: Whether the pass is a calibration batch at all.
+            num_loss_terms: Terms that the loss is the mean of, if known; see `BatchRows`.
         """
-        current = self._pass = Pass(batch_size, sequences_per_example, counts)
+        current = self._pass = Pass(batch_size, sequences_per_example, counts, num_loss_terms=num_loss_terms)
         yield
         if self._pass is current:
             self._finish_batch()
@@ -129,8 +136,16 @@ class Recorder(Generic[Measurement, Result]):
         Raises:
             RuntimeError: If another process failed; see also `result` of the statistic, such as `NormSums.result`.
         """
+        return self.merged_statistic().result(self.layers)
+
+    def merged_statistic(self) -> Statistic[Measurement, Result]:
+        """The statistic so far, over the examples of all processes. Every process has to call this.
+
+        Raises:
+            RuntimeError: If another process failed.
+        """
         first, *others = gather_from_all(self._finished_statistic)
-        return first.merge(others).result(self.layers)
+        return first.merge(others)
 
     def _finished_statistic(self) -> Statistic[Measurement, Result]:
         self._close_pass()
@@ -157,7 +172,7 @@ class Recorder(Generic[Measurement, Result]):
         self._pass.add_call(name)
         return True
 
-    def note_input(self, name: str, saved: SavedInput) -> None:
+    def note_input(self, name: str, saved: SavedTensor) -> None:
         """Remember the input for the adapter that is called next; the reference lives as long as the graph."""
         self._pass.latest_input[name] = ref(saved)
 
@@ -173,7 +188,7 @@ class Recorder(Generic[Measurement, Result]):
         if self._accepts(session):
             self._pass.note_backward()
 
-    def receive(self, name: str, session: int, saved: SavedInput | SavedCall, *gradients: Tensor | None) -> None:
+    def receive(self, name: str, session: int, saved: SavedTensor | SavedCall, *gradients: Tensor | None) -> None:
         """Pair a call with its gradients; measure the layer after its last call, and finish after the last layer."""
         if not self._accepts(session):
             return
@@ -218,9 +233,9 @@ class Recorder(Generic[Measurement, Result]):
         layer, x = self.layers[name], calls[0].input
         size = current.batch_size or (x.shape[0] if x.ndim > 1 else 1)
         if current.sequences_per_example > 1:
-            keep_rows = layer.layer_type.needs_replay
+            keep_rows = layer.observed in ("call", "all outputs")
             calls = [call.grouped_by_example(size, current.sequences_per_example, keep_rows) for call in calls]
-        rows = BatchRows(size, size, self.num_batches, current.process)
+        rows = BatchRows(size, size, self.num_batches, current.process, current.num_loss_terms or size)
         was_paused, self.paused = self.paused, True  # a layer that is run again may contain watched layers
         try:
             return self.statistic.measure(layer, calls, rows)

@@ -37,8 +37,8 @@ class _SavedTensors:
         return tensors
 
 
-class SavedInput:
-    """The input of a call, saved until the gradient arrives."""
+class SavedTensor:
+    """The input or the output of a call, saved until the gradient of the output arrives."""
 
     # Thousands of these exist between the passes, and each object with a `__dict__` is work for the garbage collector.
     __slots__ = ("__weakref__", "_dtype", "_origin", "_saved")
@@ -59,7 +59,10 @@ class SavedInput:
             self._saved = _SavedTensors(candidate)
 
     def with_gradients(self, name: str, *gradients: Tensor | None) -> LayerCall:
-        """The call of layer `name` with the gradient of its only output. A second time raises `RuntimeError`."""
+        """The call of layer `name` with the gradient of its only output. A second time raises `RuntimeError`.
+
+        The saved tensor is `LayerCall.input`.
+        """
         (x,), gradient = self._saved.release(name), cast(Tensor, gradients[0])
         # Accelerate moves the arguments inside of the call, where a layer and the previous one are on two devices.
         return LayerCall((x.to(gradient.device, self._dtype),), {}, (), None, (gradient,))
@@ -81,7 +84,7 @@ class SavedCall:
         self._saved = _SavedTensors(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def with_gradients(self, name: str, *gradients: Tensor | None) -> LayerCall:
-        """As `SavedInput.with_gradients`, with one gradient for each output that may have one."""
+        """As `SavedTensor.with_gradients`, with one gradient for each output that may have one."""
         tensors = iter(self._saved.release(name))
         leaves = [next(tensors) if other is None else other[0] for other in self._others]
         args, kwargs, outputs = tree_unflatten(leaves, self._structure)

@@ -24,12 +24,15 @@ class BatchRows:
             batch counts as one example.
         batch_index: Number of the batch in this process, from 0.
         process: Number of this process.
+        num_loss_terms: Terms that the back-propagated loss is the mean of: tokens with a label for a language model,
+            B for a classifier, and B if it is not known.
     """
 
     batch_size: int
     num_groups: int
     batch_index: int
     process: int
+    num_loss_terms: int
 
 
 class Statistic(Protocol[Measurement, Result]):

@@ -69,12 +69,15 @@ def run_on_all(function: Callable[[], T]) -> T:
     return results[0]
 
 
-def batches_in_lockstep(dataloader: Iterable[Any], limit: int, with_stand_ins: bool) -> Iterator[tuple[Any, bool]]:
+def batches_in_lockstep(
+    dataloader: Iterable[Any], limit: int | None, with_stand_ins: bool
+) -> Iterator[tuple[Any, bool]]:
     """Yield up to `limit` batches of this process, in as many turns as the process with the most batches has.
 
-    Each item is a batch and whether it belongs to this process. In a turn without its own batch, a process gets
-    `None`; with `with_stand_ins` it gets the batch of another process, which is needed if all processes must take part
-    in each pass through the model. Errors of a dataloader are raised as in `gather_from_all`.
+    Without a limit (`None`) these are all batches. Each item is a batch and whether it belongs to this process. In a
+    turn without its own batch, a process gets `None`; with `with_stand_ins` it gets the batch of another process,
+    which is needed if all processes must take part in each pass through the model. Errors of a dataloader are raised
+    as in `gather_from_all`.
     """
     batches: Iterator[Any] | None = None
     batch: Any = None

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...runtime.flags import requires_grad_restored
 from ...runtime.offloading import onloaded
 from ..gradients.norms import squared_norms
-from .attribution import by_leading_dimension, concatenate_calls, flatten_positions
+from .attribution import UnattributableError, by_leading_dimension, concatenate_calls, flatten_positions
 from .call import LayerCall
+from .components import AdaptedLayer, ComponentMoments, moments_of_core_gradients, register_component_type
 from .registry import TargetLayer, WeightShape, base_layer_of, register_layer_type
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
@@ -40,6 +42,59 @@ def measure_attention(target: TargetLayer, calls: Sequence[LayerCall], batch_siz
         x, g = concatenate_calls([(flatten_positions(x), flatten_positions(g)) for x, g in attributed])
         norms.append(squared_norms(x, g))
     return torch.stack(norms).sum(0)
+
+
+def _itself(layer: Any, adapter_name: str) -> Any:
+    return layer
+
+
+@register_component_type("peft.tuners.lora.layer.MultiheadAttention", observed="call", module=_itself)
+def measure_attention_components(
+    target: AdaptedLayer, calls: Sequence[LayerCall], batch_size: int
+) -> ComponentMoments:
+    """Moments of two parts, the input projections together and the output projection.
+
+    PEFT merges both adapters into the weights while the layer runs. So it runs again, with the random numbers of the
+    call, and the gradients of A for one example after another give `∂ℓ_t/∂A · Aᵀ = s · Bᵀ G_t Aᵀ = Γ_t`. Examples do
+    not interact in an attention. Raises `UnattributableError`.
+    """
+    layer, name = target.lora, target.adapter_name
+    weights = [part.lora_A[name].weight for part in (layer, layer.base_layer.out_proj)]
+    core: Tensor | None = None
+    with onloaded(target.base_layer, target.base_layer.out_proj), requires_grad_restored(weights):
+        for weight in weights:
+            weight.requires_grad_(True)
+        for call in calls:
+            with torch.enable_grad(), call.restored_state():
+                output = layer.forward(*call.args, **call.kwargs)[0]
+            by_example = []
+            for seed in _seeds_by_example(target.base_layer, call.gradient, batch_size):
+                gradients = torch.autograd.grad(output, weights, seed.to(output.dtype), retain_graph=True)
+                by_example.append(_core_gradients(gradients, weights))
+            core = torch.stack(by_example) if core is None else core + torch.stack(by_example)
+    assert core is not None  # a layer is measured after its calls
+    return moments_of_core_gradients(core)
+
+
+def _seeds_by_example(layer: nn.MultiheadAttention, gradient: Tensor, batch_size: int) -> list[Tensor]:
+    """The gradient of the output for each example: zero in all places of the others."""
+    examples_first = gradient.ndim < 3 or layer.batch_first
+    place = torch.arange(gradient.shape[0 if examples_first else 1], device=gradient.device)
+    if gradient.ndim < 3:
+        place = torch.zeros(1, device=gradient.device)
+    if len(place) % batch_size:
+        raise UnattributableError
+    example_of_place = place // (len(place) // batch_size)
+    shape = [1] * gradient.ndim
+    shape[0 if examples_first else 1] = len(place)
+    return [gradient * (example_of_place == example).view(shape) for example in range(batch_size)]
+
+
+def _core_gradients(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """`Γ` (2 × r × r) of one example."""
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    pairs = zip(gradients, weights, strict=True)
+    return torch.stack([gradient.to(dtype) @ weight.detach().to(dtype).T for gradient, weight in pairs])
 
 
 def _inputs_and_gradients(layer: nn.MultiheadAttention, call: LayerCall) -> list[tuple[Tensor, Tensor]]:

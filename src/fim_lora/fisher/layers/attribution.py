@@ -76,6 +76,18 @@ def batch_size_of(batch: Any, main_input_name: str | None = None) -> int | None:
     return next((tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0), None)
 
 
+def loss_terms_of(batch: Any, batch_size: int | None) -> int | None:
+    """Number of terms that the loss of a batch is the mean of, or `batch_size` where the batch does not show it.
+
+    Integer labels of two or more dimensions, as `transformers` models take them, have one term for each label that is
+    not -100.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2:
+        return batch_size
+    return int((labels != -100).sum()) or batch_size
+
+
 def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch

@@ -2,16 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from ..gradients.entries import accumulator
 from ..gradients.products import compute_dtype, without_autocast
 from .attribution import by_leading_dimension
 from .call import LayerCall
+from .components import AdaptedLayer, ComponentMoments, moments_of_positions, register_component_type
+from .entries_registry import register_entries
 from .registry import TargetLayer, WeightShape, base_layer_of, register_layer_type
 
 # By the number of spatial dimensions.
@@ -39,25 +42,28 @@ def measure_convolution(target: TargetLayer, calls: Sequence[LayerCall], batch_s
     """
     layer = target.module
     pairs = [_images_by_example(call, layer.weight.ndim, batch_size) for call in calls]
+    with torch.no_grad(), without_autocast(pairs[0][0].device.type):
+        gradients = (_gradient_of_example(layer, pairs, example) for example in range(batch_size))
+        return torch.stack([torch.linalg.vector_norm(gradient).square() for gradient in gradients])
+
+
+def _gradient_of_example(layer: Any, pairs: Sequence[tuple[Tensor, Tensor]], example: int) -> Tensor:
+    """The gradient of the weight (C_out × C_in / groups × kernel) for one example, summed over the calls."""
     weight_gradient = _WEIGHT_GRADIENTS[layer.weight.ndim - 2]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     dtype = compute_dtype(*pairs[0])
-    norms = []
-    with torch.no_grad(), without_autocast(pairs[0][0].device.type):
-        for example in range(batch_size):
-            gradient = sum(
-                weight_gradient(
-                    F.pad(x[example].to(dtype), layer._reversed_padding_repeated_twice, mode=mode),
-                    layer.weight.shape,
-                    g[example].to(dtype),
-                    stride=layer.stride,
-                    dilation=layer.dilation,
-                    groups=layer.groups,
-                )
-                for x, g in pairs
-            )
-            norms.append(torch.linalg.vector_norm(gradient).square())
-    return torch.stack(norms)
+    gradients = (
+        weight_gradient(
+            F.pad(x[example].to(dtype), layer._reversed_padding_repeated_twice, mode=mode),
+            layer.weight.shape,
+            g[example].to(dtype),
+            stride=layer.stride,
+            dilation=layer.dilation,
+            groups=layer.groups,
+        )
+        for x, g in pairs
+    )
+    return cast(Tensor, sum(gradients))
 
 
 def _images_by_example(call: LayerCall, num_dimensions: int, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -68,3 +74,50 @@ def _images_by_example(call: LayerCall, num_dimensions: int, batch_size: int) ->
     x, g = by_leading_dimension(x, g, batch_size)
     image = 1 - num_dimensions  # the dimensions of one image are the last ones
     return x.reshape(batch_size, -1, *x.shape[image:]), g.reshape(batch_size, -1, *g.shape[image:])
+
+
+def _a_of(layer: Any, adapter_name: str) -> Any:
+    return layer.lora_A[adapter_name]
+
+
+@register_component_type("peft.tuners.lora.layer._ConvNd", observed="output", module=_a_of)
+def measure_convolution_components(
+    target: AdaptedLayer, calls: Sequence[LayerCall], batch_size: int
+) -> ComponentMoments:
+    """Moments of one part for each group, from the outputs h of A and their gradients u (B × r × …).
+
+    The B of a grouped convolution has groups, too, so components of different groups do not mix. Every place of the
+    output is a position. Raises `UnattributableError`.
+    """
+    groups, num_dimensions = target.base_layer.groups, target.module.weight.ndim
+    pairs = [_images_by_example(call, num_dimensions, batch_size) for call in calls]
+    by_group = [(_positions_by_group(h, groups), _positions_by_group(u, groups)) for h, u in pairs]
+    return moments_of_positions([[(h[group], u[group]) for h, u in by_group] for group in range(groups)])
+
+
+def _positions_by_group(value: Tensor, groups: int) -> list[Tensor]:
+    """From (B × n × r × …) to (B × T × r / groups) for each group."""
+    positions = value.flatten(3).permute(0, 1, 3, 2).flatten(1, 2)
+    return list(positions.chunk(groups, dim=-1))
+
+
+def _convolution_entries_shape(target: TargetLayer) -> tuple[int, ...]:
+    layer = target.module
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+
+
+@register_entries(measure_convolution, entries_shape=_convolution_entries_shape)
+def add_convolution_entries(
+    total: Tensor, target: TargetLayer, calls: Sequence[LayerCall], batch_size: int, factor: float
+) -> None:
+    """`total += factor · Σ_t G_t ∘ G_t`, with arguments and errors of `measure_convolution`.
+
+    The temporary memory is one gradient of the weight, and a second one if `total` is on another device.
+    """
+    layer = target.module
+    pairs = [_images_by_example(call, layer.weight.ndim, batch_size) for call in calls]
+    device, dtype = pairs[0][0].device, compute_dtype(*pairs[0])
+    with torch.no_grad(), without_autocast(device.type), accumulator(total, device, dtype) as block:
+        for example in range(batch_size):
+            gradient = _gradient_of_example(layer, pairs, example)
+            block.addcmul_(gradient, gradient, value=factor)

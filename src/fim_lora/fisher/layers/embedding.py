@@ -5,10 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from ..gradients.entries import add_squared_embedding_entries
 from ..gradients.products import MAX_TEMPORARY_BYTES, compute_dtype, slices
 from .attribution import by_leading_dimension, concatenate_calls, flatten_positions
 from .call import LayerCall
+from .components import AdaptedLayer, ComponentMoments, moments_of_positions, register_component_type
+from .entries_registry import register_entries
 from .registry import TargetLayer, WeightShape, base_layer_of, register_layer_type
 
 
@@ -25,10 +29,35 @@ def measure_embedding(target: TargetLayer, calls: Sequence[LayerCall], batch_siz
     therefore its gradient include it, as in PEFT. Raises `UnattributableError` if ids do not belong to an example,
     such as positions that all examples share.
     """
-    pairs = [by_leading_dimension(call.input, call.gradient, batch_size) for call in calls]
-    ids, g = concatenate_calls([(ids.reshape(batch_size, -1), flatten_positions(g)) for ids, g in pairs])
+    ids, g = _positions(calls, batch_size)
     scale = float(getattr(target.module, "embed_scale", 1.0))
     return embedding_squared_norms(ids, g, target.module.padding_idx) * scale**2
+
+
+def _base_layer_of(layer: Any, adapter_name: str) -> Any:
+    return base_layer_of(layer)
+
+
+@register_component_type("peft.tuners.lora.layer.Embedding", observed="input", module=_base_layer_of)
+def measure_embedding_components(
+    target: AdaptedLayer, calls: Sequence[LayerCall], batch_size: int
+) -> ComponentMoments:
+    """Moments of one part: h is the column of A at the id, and `u = s · Bᵀ g`.
+
+    Raises `UnattributableError`, and `ValueError` if A or B is sharded, because PEFT stores them in no module of
+    their own.
+    """
+    lora, name = target.lora, target.adapter_name
+    a, b = lora.lora_embedding_A[name].detach(), lora.lora_embedding_B[name].detach()
+    if a.numel() == 0 or isinstance(a, DTensor):
+        raise ValueError(
+            f"The adapter of the embedding {target.name!r} is sharded: measure the spectrum on one device, or leave "
+            "the embedding out of the adapter."
+        )
+    scale = float(getattr(target.module, "embed_scale", 1.0)) * lora.scaling[name]
+    pairs = [by_leading_dimension(call.input, call.gradient, batch_size) for call in calls]
+    positions = [(ids.reshape(batch_size, -1), flatten_positions(g)) for ids, g in pairs]
+    return moments_of_positions([[(a.T[ids], (g.to(b.dtype) @ b) * scale) for ids, g in positions]])
 
 
 def embedding_squared_norms(
@@ -55,3 +84,23 @@ def embedding_squared_norms(
     if padding_idx is not None:
         by_pair[pairs % num_ids == padding_idx] = 0
     return by_pair.new_zeros(examples).index_add_(0, pairs // num_ids, by_pair)
+
+
+def _embedding_entries_shape(target: TargetLayer) -> tuple[int, int]:
+    return target.module.num_embeddings, target.module.embedding_dim
+
+
+@register_entries(measure_embedding, entries_shape=_embedding_entries_shape)
+def add_embedding_entries(
+    total: Tensor, target: TargetLayer, calls: Sequence[LayerCall], batch_size: int, factor: float
+) -> None:
+    """`total += factor · Σ_t G_t ∘ G_t`; arguments and errors are those of `measure_embedding`."""
+    ids, g = _positions(calls, batch_size)
+    scale = float(getattr(target.module, "embed_scale", 1.0))
+    add_squared_embedding_entries(total, ids, g, factor * scale**2, target.module.padding_idx)
+
+
+def _positions(calls: Sequence[LayerCall], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Ids (B × T) and gradients (B × T × d) of all calls. Raises `UnattributableError`."""
+    pairs = [by_leading_dimension(call.input, call.gradient, batch_size) for call in calls]
+    return concatenate_calls([(ids.reshape(batch_size, -1), flatten_positions(g)) for ids, g in pairs])

@@ -11,6 +11,7 @@ from ...runtime.flags import requires_grad_restored
 from ...runtime.offloading import onloaded
 from .attribution import UnattributableError
 from .call import LayerCall
+from .components import AdaptedLayer, ComponentMoments, moments_of_core_gradients, register_component_type
 from .registry import TargetLayer, WeightShape, register_layer_type
 
 # Largest difference between the outputs of the two runs of a layer, relative to the norm. It is far above the
@@ -46,10 +47,51 @@ def measure_parameter(target: TargetLayer, calls: Sequence[LayerCall], batch_siz
         return torch.stack(norms)
 
 
+def _itself(layer: Any, adapter_name: str) -> Any:
+    return layer
+
+
+@register_component_type("peft.tuners.lora.layer.ParamWrapper", observed="all outputs", module=_itself)
+def measure_parameter_components(
+    target: AdaptedLayer, calls: Sequence[LayerCall], batch_size: int
+) -> ComponentMoments:
+    """Moments of one part for each expert, from the gradients of A: `∂ℓ_t/∂A · Aᵀ = s · Bᵀ G_t Aᵀ = Γ_t`.
+
+    The module with its adapters runs again for every example; errors are those of `measure_parameter`.
+    """
+    weight, experts = target.lora.lora_A[target.adapter_name].weight, target.lora.num_experts
+    with onloaded(target.base_layer):
+        gradients = [gradient_of_example(target, weight, calls, example, batch_size) for example in range(batch_size)]
+    a = weight.detach().unflatten(0, (experts, -1))
+    a = a.to(torch.promote_types(a.dtype, torch.float32))
+    core = [
+        a.new_zeros(experts, a.shape[1], a.shape[1])
+        if gradient is None
+        else gradient.to(a.dtype).view_as(a) @ a.mT * scale
+        for gradient, scale in gradients
+    ]
+    return moments_of_core_gradients(torch.stack(core))
+
+
 def _norm_of_example(
     target: TargetLayer, weight: Tensor, calls: Sequence[LayerCall], example: int, batch_size: int
 ) -> Tensor:
-    """`‖G_t‖²_F`, a scalar. The gradients are scaled to at most 1, so that they do not vanish in half precision."""
+    """`‖G_t‖²_F`, a scalar."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    gradient, scale = gradient_of_example(target, weight, calls, example, batch_size)
+    if gradient is None:
+        return torch.zeros((), dtype=dtype, device=weight.device)
+    return torch.linalg.vector_norm(gradient, dtype=dtype).square() * scale**2
+
+
+def gradient_of_example(
+    target: TargetLayer, weight: Tensor, calls: Sequence[LayerCall], example: int, batch_size: int
+) -> tuple[Tensor | None, Tensor]:
+    """The gradient of a parameter for one example, divided by a scale, and the scale; `None` for zero.
+
+    The module runs again for the example. The scale is the largest gradient of an output, so that gradients do not
+    vanish in half precision.
+    """
     by_call = [_rows_of_example(call.gradients, example, batch_size) for call in calls]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     zero = torch.zeros((), dtype=dtype, device=weight.device)
@@ -61,7 +103,7 @@ def _norm_of_example(
     ]
     scale = torch.stack(largest).amax() if largest else zero
     if scale == 0:
-        return zero
+        return None, zero
     with requires_grad_restored([weight]):
         weight.requires_grad_(True)
         pairs = [
@@ -71,12 +113,10 @@ def _norm_of_example(
             if gradient is not None and output.requires_grad  # an output may not depend on the parameter
         ]
         if not pairs:
-            return zero
+            return None, zero
         outputs, seeds = zip(*pairs, strict=True)
         (gradient,) = torch.autograd.grad(outputs, weight, seeds, allow_unused=True)
-    if gradient is None:
-        return zero
-    return torch.linalg.vector_norm(gradient, dtype=dtype).square() * scale**2
+    return gradient, scale
 
 
 def _run_again(target: TargetLayer, call: LayerCall, example: int, batch_size: int) -> list[Any]:

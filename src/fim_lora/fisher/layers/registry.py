@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from .call import LayerCall
 
 SquaredNorms = Callable[["TargetLayer", Sequence[LayerCall], int], Tensor]
+
+Observed = Literal["input", "output", "call", "all outputs"]
+"""What is kept of a call until its gradients arrive; see `TargetLayer.observed`."""
 
 TENSOR_PARALLELISM = (
     "Tensor parallelism is not supported: calibrate with a model that is not split, or sharded by FSDP or ZeRO-3."
@@ -32,6 +35,11 @@ class WeightShape:
     num_entries: int | None = None
     parameters_per_rank: int | None = None
     rank_step: int = 1
+
+    @property
+    def rank_parameters(self) -> int:
+        """Adapter parameters of one rank."""
+        return self.parameters_per_rank or self.d_out + self.d_in
 
     @property
     def entries(self) -> int:
@@ -74,6 +82,13 @@ class TargetLayer:
     layer_type: LayerType
     weight_shape: WeightShape
     parameter_name: str | None = None
+
+    @property
+    def observed(self) -> Observed:
+        """What is kept of each call: its input, its output, or the whole call with one or all of its outputs."""
+        if self.layer_type.all_outputs:
+            return "all outputs"
+        return "call" if self.layer_type.needs_replay else "input"
 
 
 _LAYER_TYPES: dict[str, LayerType] = {}

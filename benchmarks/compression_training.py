@@ -1,0 +1,228 @@
+"""Train the adapters that `compression.py` shrinks, by PEFT itself, and save each of them in a folder."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.optim.lr_scheduler import LambdaLR
+
+from quality_tasks import (
+    TASKS,
+    Batch,
+    Example,
+    Splits,
+    Task,
+    batches,
+    evaluate,
+    load_model,
+    load_splits,
+    load_tokenizer,
+    training_order,
+)
+
+SCALING = 2
+"""`lora_alpha / r` of every adapter."""
+
+CUSTOMARY_LEARNING_RATE = 2e-4
+
+WARM_UP = 0.1
+"""Share of the steps in which the learning rate rises. It then falls linearly to zero."""
+
+CLASSIFIER_LEARNING_RATE = 1e-2
+
+GERMAN_FILE = "plone.po"
+"""The German catalog of `plone.app.locales`, `locales/de/LC_MESSAGES/plone.po` in its source package."""
+
+_SHORTEST_TEXT = 40
+_POSITIONS = 128
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained adapter.
+
+    Attributes:
+        task: Name of the task.
+        r: Rank of every layer.
+        learning_rate: Peak learning rate of the adapter.
+        seed: Seed of the adapter's initial values and of the order of the examples.
+    """
+
+    task: str
+    r: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the folder of the run."""
+        return f"{self.task}-r{self.r}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+def _german_texts(folder: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The longer messages of the catalog; every eighth is for the test."""
+    content = (Path(folder) / GERMAN_FILE).read_text(encoding="utf-8")
+    found = re.findall(r'^msgstr ((?:"(?:[^"\\]|\\.)*"\s*)+)', content, re.MULTILINE)
+    texts = ["".join(json.loads(part) for part in re.findall(r'"(?:[^"\\]|\\.)*"', message)) for message in found[1:]]
+    rows = [{"text": text} for text in sorted({text for text in texts if len(text) >= _SHORTEST_TEXT})]
+    random.Random(0).shuffle(rows)
+    return rows[len(rows) // 8 :], rows[: len(rows) // 8]
+
+
+# Learning rates are the grid of which the best one, by the loss on the development split, is the tuned one.
+BENCHMARK_TASKS = {
+    "banking77": replace(TASKS["banking77"], learning_rates=(1e-3, 2e-3, 4e-3), steps=300, max_length=48),
+    "gsm8k": replace(TASKS["gsm8k"], learning_rates=(1e-3, 3e-3), batch_size=4, steps=60, max_length=_POSITIONS),
+    "german": replace(
+        TASKS["gsm8k"],
+        name="german",
+        read=_german_texts,
+        learning_rates=(1e-3, 3e-3),
+        batch_size=4,
+        steps=60,
+        max_length=_POSITIONS,
+    ),
+}
+"""The tasks by name. The two language tasks are short enough for a computer without a GPU."""
+
+
+class Workshop:
+    """Trains adapters and loads them again. Reads each model and data set once.
+
+    Attributes:
+        source: Folder with the data files.
+        models: Model for `True` (causal tasks) and `False` (classification).
+        folder: Where the trained adapters are.
+    """
+
+    def __init__(self, source: str, models: dict[bool, str], folder: Path) -> None:
+        self.source, self.models, self.folder = source, models, folder
+        self._splits: dict[str, tuple[Splits, int]] = {}
+
+    def splits(self, task: Task) -> tuple[Splits, int]:
+        """The data of a task, and the padding token."""
+        if task.name not in self._splits:
+            tokenizer = load_tokenizer(self.models[task.causal])
+            packed = task.name == "german"
+            splits = _packed_splits(task, self.source, tokenizer) if packed else _splits(task, self.source, tokenizer)
+            self._splits[task.name] = splits, tokenizer.pad_token_id
+        return self._splits[task.name]
+
+    def base_model(self, run: Run) -> Any:
+        """The pretrained model, with the untrained classifier of the run's seed if the task has one."""
+        task = BENCHMARK_TASKS[run.task]
+        splits, pad = self.splits(task)
+        model_path = self.models[task.causal]
+        model = load_model(task, model_path, splits.num_labels, run.seed, torch.device("cpu"), torch.float32)
+        model.config.pad_token_id = pad
+        return model
+
+    def trained(self, run: Run) -> Any:
+        """The model with the trained adapter of a run, trained now if it is not there yet."""
+        self.train(run)
+        return PeftModel.from_pretrained(self.base_model(run), str(self.folder / run.name), is_trainable=True)
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        """What was measured when the adapter was trained."""
+        content: dict[str, Any] = json.loads((self.folder / run.name / "run.json").read_text())
+        return content
+
+    def train(self, run: Run) -> None:
+        """Train an adapter, unless its folder has it."""
+        task, folder = BENCHMARK_TASKS[run.task], self.folder / run.name
+        if (folder / "run.json").exists():
+            return
+        splits, _ = self.splits(task)
+        base = self.base_model(run)
+        before = self.measure(base, task, splits.development)
+        torch.manual_seed(run.seed)
+        config = LoraConfig(
+            r=run.r,
+            lora_alpha=SCALING * run.r,
+            target_modules=task.targets["all-linear"],
+            task_type="CAUSAL_LM" if task.causal else "SEQ_CLS",
+        )
+        model = get_peft_model(base, config)
+        self._fit(model, task, run)
+        development = self.measure(model, task, splits.development)
+        model.save_pretrained(str(folder))
+        facts = {"run": asdict(run), "development_before": before, "development": development}
+        (folder / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    def _fit(self, model: Any, task: Task, run: Run) -> None:
+        splits, pad = self.splits(task)
+        lengths = [len(example.input_ids) for example in splits.train]
+        order = training_order(lengths, task.batch_size, task.steps, run.seed)
+        data = batches([splits.train[index] for index in order], task.batch_size, pad, torch.device("cpu"))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(_parameter_groups(model, run.learning_rate), weight_decay=0.0)
+        warm_up = max(1, round(WARM_UP * task.steps))
+        schedule = LambdaLR(
+            optimizer, lambda step: min((step + 1) / warm_up, (task.steps - step) / max(1, task.steps - warm_up))
+        )
+        model.train()
+        for batch in data:
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+    def measure(self, model: Any, task: Task, examples: Sequence[Example]) -> float:
+        """Mean loss in nats. The model is left in eval mode."""
+        _, pad = self.splits(task)
+        by_length = sorted(examples, key=lambda example: len(example.input_ids))
+        return evaluate(model, task, batches(by_length, 4 * task.batch_size, pad, torch.device("cpu")))["loss"]
+
+    def calibration(self, run: Run, num_batches: int) -> list[Batch]:
+        """Batches of training examples, in another order than that of the training."""
+        task = BENCHMARK_TASKS[run.task]
+        splits, pad = self.splits(task)
+        lengths = [len(example.input_ids) for example in splits.train]
+        order = training_order(lengths, task.batch_size, num_batches, 1000 + run.seed)
+        return list(batches([splits.train[index] for index in order], task.batch_size, pad, torch.device("cpu")))
+
+
+def _parameter_groups(model: Any, learning_rate: float) -> list[dict[str, Any]]:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapter = [parameter for name, parameter in trained.items() if "lora_" in name]
+    classifier = [parameter for name, parameter in trained.items() if "lora_" not in name]
+    groups = [{"params": adapter, "lr": learning_rate}, {"params": classifier, "lr": CLASSIFIER_LEARNING_RATE}]
+    return [group for group in groups if group["params"]]
+
+
+def _splits(task: Task, source: str, tokenizer: Any) -> Splits:
+    splits = load_splits(task, source, tokenizer)
+    # A question that fills an example leaves no answer, and so no loss.
+    train, development, test = (_answered(part) for part in (splits.train, splits.development, splits.test))
+    return Splits(train, development, test, splits.num_labels)
+
+
+def _answered(examples: Sequence[Example]) -> list[Example]:
+    return [
+        example
+        for example in examples
+        if isinstance(example.labels, int) or any(label != -100 for label in example.labels[1:])
+    ]
+
+
+def _packed_splits(task: Task, source: str, tokenizer: Any) -> Splits:
+    """Texts one after another, cut into examples of equal length; every token has a label."""
+    train, test = (_packed(rows, tokenizer, task.max_length) for rows in task.read(source))
+    size = task.development_size
+    return Splits(train[size:], train[:size], test[: task.test_size], 0)
+
+
+def _packed(rows: Sequence[dict[str, Any]], tokenizer: Any, length: int) -> list[Example]:
+    texts = [tokenizer(row["text"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for row in rows]
+    ids = [token for text in texts for token in text]
+    chunks = [ids[first : first + length] for first in range(0, len(ids) - length + 1, length)]
+    return [Example(chunk, list(chunk)) for chunk in chunks]

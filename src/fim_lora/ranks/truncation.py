@@ -1,0 +1,91 @@
+"""Which components of a trained adapter to keep: pure functions of saliencies and costs.
+
+A component is one rank of one layer. Dropping it raises the loss by its saliency, as far as a second-order model
+knows (LeCun, Denker and Solla 1989, Optimal Brain Damage, equation 5), and saves its parameters.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class Component(NamedTuple):
+    """One component: the name of its layer, and its number there, from 0."""
+
+    layer: str
+    number: int
+
+
+Kept = dict[str, list[int]]
+"""Layer name to the numbers of its kept components, in rising order; an empty list for a layer without any."""
+
+
+def order_of_components(
+    saliencies: Mapping[str, Sequence[float]], costs: Mapping[str, int], at_least: Mapping[str, int] | None = None
+) -> list[Component]:
+    """All components in the order in which they should be kept: by falling saliency per parameter.
+
+    Taking them in this order until a budget is used is optimal up to one component (Dantzig 1957, for the knapsack
+    problem). Ties go to the layer that is named first.
+
+    Args:
+        saliencies: Layer name to the saliency of each of its components.
+        costs: Layer name to the parameters of one of its components.
+        at_least: Layer name to the number of components that it has to keep, which come first. By default 0.
+
+    Returns:
+        The components.
+    """
+    order = []
+    for position, (name, of_layer) in enumerate(saliencies.items()):
+        by_saliency = sorted(range(len(of_layer)), key=[-saliency for saliency in of_layer].__getitem__)
+        required = set(by_saliency[: (at_least or {}).get(name, 0)])
+        order += [
+            ((number not in required, -of_layer[number] / costs[name], position, number), Component(name, number))
+            for number in by_saliency
+        ]
+    return [component for _, component in sorted(order)]
+
+
+def keep_within(
+    order: Sequence[Component],
+    costs: Mapping[str, int],
+    budget: int,
+    max_components: Mapping[str, int] | None = None,
+) -> list[Component]:
+    """The components that are kept under a budget: each one, in their order, for which there is room.
+
+    Args:
+        order: From `order_of_components`.
+        costs: Layer name to the parameters of one of its components.
+        budget: Parameters that all kept components may have together.
+        max_components: Layer name to the largest number of components that it may keep. By default all.
+
+    Returns:
+        The kept components, in their order.
+    """
+    kept: list[Component] = []
+    counts: dict[str, int] = {}
+    for component in order:
+        count = counts.get(component.layer, 0)
+        cost = costs[component.layer]
+        if cost > budget or (max_components is not None and count >= max_components[component.layer]):
+            continue
+        kept.append(component)
+        counts[component.layer] = count + 1
+        budget -= cost
+    return kept
+
+
+def by_layer(kept: Sequence[Component], names: Sequence[str]) -> Kept:
+    """The kept components of each layer, for all layers of these names."""
+    found: Kept = {name: [] for name in names}
+    for component in kept:
+        found[component.layer].append(component.number)
+    return {name: sorted(numbers) for name, numbers in found.items()}
+
+
+def agreement(first: Mapping[str, int], second: Mapping[str, int], costs: Mapping[str, int]) -> float:
+    """The share of the parameters that two choices of ranks have in common, from 0 to 1; 1 if both are empty."""
+    common = sum(min(rank, second.get(name, 0)) * costs[name] for name, rank in first.items())
+    larger = max(sum(rank * costs[name] for name, rank in ranks.items()) for ranks in (first, second))
+    return common / larger if larger else 1.0

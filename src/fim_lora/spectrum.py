@@ -1,0 +1,207 @@
+"""`get_lora_spectrum`: from a trained adapter and batches to what each of its components is worth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .adapter.checks import require_active, require_compressible
+from .adapter.factors import outermost_wrappers
+from .adapter.lora_layers import adapter_layers
+from .adapter.pending_config import lora_config_of
+from .adapter.plain_adapter import PlainAdapter, plain_adapters
+from .fisher.basis import Basis, basis_of, damped, gate_gradients, reordered, root_of_metric
+from .fisher.calibration import ForwardFn, calibrate
+from .fisher.factors import AdapterMoments
+from .fisher.layers.components import AdaptedLayer, adapted_layer
+from .ranks.spectrum import LayerSpectrum, Spectrum
+from .ranks.truncation import Component, agreement, keep_within, order_of_components
+from .runtime.distributed import gather_from_all, run_on_all
+from .runtime.wrappers import unwrap_engine
+
+MAX_BATCHES = 64
+"""Batches that `num_batches=None` reads at most, in each process."""
+
+ENOUGH_AGREEMENT = 0.9
+"""Share of the kept parameters in which the ranks by two halves of the data must agree."""
+
+AGREEMENT_SHARES = (1 / 2, 1 / 4)
+"""Sizes at which the halves are compared, as shares of the adapter's parameters."""
+
+DAMPING = 1.0
+"""Weight of the plain metric beside the measured one; see `damped`, and `benchmarks/compression.py` for the choice."""
+
+
+class LoraSpectrum(Spectrum):
+    """What every component of a trained adapter is worth, from `get_lora_spectrum`; a mapping of layer names.
+
+    `print` shows sizes against the predicted loss, and `plot` draws them. It belongs to the weights that it was
+    measured on, and `compress_lora` refuses it for others. `save` and `load` write and read it as JSON.
+    """
+
+
+def get_lora_spectrum(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None,
+    *,
+    adapter_name: str = "default",
+    num_batches: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    show_progress_bar: bool = True,
+) -> LoraSpectrum:
+    """What every component of a trained LoRA adapter is worth to the loss, without changing anything.
+
+    The adapter of each layer is divided into the components that are best in the Fisher metric (K-FAC, damped towards
+    the plain one), and the gradient of a gate on each component gives its saliency, the predicted increase of the loss
+    when it is dropped (Optimal Brain Damage). The cost is one forward pass and one backward pass with respect to
+    activations for each batch.
+
+    Args:
+        model: A model with a trained LoRA adapter. The adapter has to be active.
+        dataloader: Yields batches, see `initialize_lora_fim_ranks`; usually data like that of the training. `None`
+            gives the components of the plain singular value decomposition of `ΔW`, ordered by their squared norm:
+            without data, and blind to the loss.
+        adapter_name: The adapter.
+        num_batches: Batches to use in each process. `None` reads until the ranks by two halves of the batches agree in
+            90 % of the kept parameters at half and at a quarter of the size, asked after 2, 4, 8, … batches, but at
+            most 64 batches.
+        forward_fn: See `initialize_lora_fim_ranks`.
+        show_progress_bar: Whether to show a progress bar.
+
+    Returns:
+        Layer name, as in the base model, to its components.
+
+    Raises:
+        ValueError: If the adapter does not exist, is not an active LoRA adapter, still awaits its ranks, is merged, is
+            a variant of LoRA such as DoRA, or was initialized with a change of the base weights; if two layers share
+            their weights; if `num_batches` is below 1; if the dataloader is empty or its batches give no usable loss.
+        RuntimeError: If no batch had finite gradients, every gradient is zero, as for an untrained adapter, or another
+            process failed.
+        TypeError: If a layer's class is not supported, or the forward pass returns no loss.
+    """
+    model = unwrap_engine(model)
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"num_batches must be at least 1, or None, got {num_batches!r}.")
+    layers = run_on_all(lambda: checked_layers(model, adapter_name))
+    adapted = adapted_layers(model, layers, adapter_name)
+    plain = plain_adapters(layers, adapter_name)
+    if dataloader is None:
+        return spectrum_of(adapted, plain, None, adapter_name)
+    require_active(layers, adapter_name)
+    moments = calibrate(
+        model,
+        adapted,
+        AdapterMoments.for_layers({name: one.shape for name, one in plain.items()}),
+        dataloader,
+        MAX_BATCHES if num_batches is None else num_batches,
+        forward_fn,
+        show_progress_bar,
+        enough=_HalvesAgree(plain, adapted) if num_batches is None else None,
+    )
+    return spectrum_of(adapted, plain, moments, adapter_name)
+
+
+def checked_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """The LoRA layers of a trained adapter that can be truncated; raises `ValueError` for others."""
+    config = lora_config_of(model, adapter_name)
+    layers = adapter_layers(model, adapter_name)
+    require_compressible(model, layers, config, adapter_name)
+    return layers
+
+
+def adapted_layers(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, AdaptedLayer]:
+    """What to observe of each LoRA layer. Raises `TypeError` if a layer's class is not supported."""
+    outermost = outermost_wrappers(model)
+    return {name: adapted_layer(name, layer, adapter_name, outermost.get(layer)) for name, layer in layers.items()}
+
+
+def spectrum_of(
+    adapted: Mapping[str, AdaptedLayer],
+    plain: Mapping[str, PlainAdapter],
+    moments: AdapterMoments | None,
+    adapter_name: str,
+) -> LoraSpectrum:
+    """The spectrum from moments of all processes, or without data. All processes get that of process 0."""
+
+    def compute() -> LoraSpectrum:
+        layers = {name: _layer_spectrum(adapted[name], one, moments) for name, one in plain.items()}
+        if moments is None:
+            return LoraSpectrum(layers, adapter_name)
+        counts = (moments.num_batches, moments.num_skipped_batches, moments.num_examples)
+        return LoraSpectrum(layers, adapter_name, *counts, moments.terms_per_example)
+
+    return gather_from_all(compute)[0]
+
+
+def _layer_spectrum(layer: AdaptedLayer, plain: PlainAdapter, moments: AdapterMoments | None) -> LayerSpectrum:
+    basis, gates = plain.basis, None
+    if moments is not None:
+        basis = _damped_basis(plain, moments, layer.name)
+        gates = _gates(basis, moments, layer.name)
+        order = np.argsort(-np.square(gates).mean(0), axis=1, kind="stable")
+        basis, gates = reordered(basis, order), np.take_along_axis(gates, order[None], axis=2).sum(1)
+    norms = np.linalg.norm(plain.triangles_b @ basis.left, axis=1) * np.linalg.norm(
+        basis.right @ np.swapaxes(plain.triangles_a, -1, -2), axis=2
+    )
+    weight = layer.weight_shape
+    return LayerSpectrum(
+        shape=(weight.d_out, weight.d_in),
+        parameters_per_rank=weight.rank_parameters,
+        rank_step=weight.rank_step,
+        scaling=plain.scaling,
+        fingerprint=plain.fingerprint,
+        left=basis.left.astype(np.float32),
+        right=basis.right.astype(np.float32),
+        gates=None if gates is None else gates.astype(np.float32),
+        squared_norms=np.square(norms).sum(0).astype(np.float32),
+    )
+
+
+def _damped_basis(plain: PlainAdapter, moments: AdapterMoments, name: str) -> Basis:
+    """The basis in the metric of the Fisher information, damped towards the plain one."""
+    measured, (plain_u, plain_h) = moments.of(name), plain.metrics
+    return basis_of(
+        root_of_metric(damped(measured.gradients, plain_u, DAMPING)),
+        root_of_metric(damped(measured.inputs, plain_h, DAMPING)),
+    )
+
+
+def _gates(basis: Basis, moments: AdapterMoments, name: str, half: int | None = None) -> np.ndarray[Any, Any]:
+    """Gradients of the gates (N × P × k) for the examples' summed losses, divided by the root of their mean length."""
+    core_gradients = np.concatenate(moments.of(name, half).core_gradients)
+    return gate_gradients(basis, core_gradients) / np.sqrt(moments.terms_per_example)
+
+
+class _HalvesAgree:
+    """Whether the ranks by two halves of the calibration batches agree.
+
+    Both halves order the components of the plain singular value decomposition, which needs no data.
+    """
+
+    def __init__(self, plain: Mapping[str, PlainAdapter], layers: Mapping[str, AdaptedLayer]) -> None:
+        self._bases = {name: one.basis for name, one in plain.items()}
+        weights = {name: layer.weight_shape for name, layer in layers.items()}
+        self._costs = {name: weight.rank_parameters * weight.rank_step for name, weight in weights.items()}
+
+    def __call__(self, moments: AdapterMoments) -> bool:
+        if not all(moments.batch_sizes):
+            return False
+        orders = [self._order(moments, half) for half in (0, 1)]
+        total = sum(self._costs[component.layer] for component in orders[0])
+        for share in AGREEMENT_SHARES:
+            kept = [keep_within(order, self._costs, int(share * total)) for order in orders]
+            first, second = (Counter(component.layer for component in chosen) for chosen in kept)
+            if agreement(first, second, self._costs) < ENOUGH_AGREEMENT:
+                return False
+        return True
+
+    def _order(self, moments: AdapterMoments, half: int) -> list[Component]:
+        saliencies = {}
+        for name, basis in self._bases.items():
+            saliencies[name] = np.square(_gates(basis, moments, name, half).sum(1)).mean(0).tolist()
+        return order_of_components(saliencies, self._costs)
