@@ -20,11 +20,13 @@ from .ranks.allocate import allocate_ranks
 from .runtime.checked_json import InvalidFileError
 from .scoring import get_fim_scores
 from .spectrum import LoraSpectrum, get_lora_spectrum
+from .trainer.callback import FimCompressionCallback
 from .trainer.initialize import initialize_lora_fim_ranks_for_trainer
 
 __version__ = _version("fim-lora")
 
 __all__ = [
+    "FimCompressionCallback",
     "FimConfig",
     "FimDiagonals",
     "FimScores",
