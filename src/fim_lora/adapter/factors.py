@@ -5,8 +5,9 @@ B_p (d_out × r), from a tensor of the shape of A or B, and how to write them. T
 to the state of an optimizer, which have the shapes of the weights.
 """
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy.typing as npt
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -93,6 +93,11 @@ class Weights:
         dtype = torch.promote_types(a.dtype, torch.float32)
         return self.form.read_a(a.to(dtype)), self.form.read_b(b.to(dtype))
 
+    def grams(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """`A Aᵀ` and `BᵀB` (P × r × r), in float64."""
+        a, b = (matrices.double() for matrices in self.matrices())
+        return (a @ a.mT).cpu().numpy(), (b.mT @ b).cpu().numpy()
+
     def triangles(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """The triangles R of `Aᵀ = Q R` and of `B = Q R` (P × r × r), in float64."""
         a, b = self.matrices()
@@ -101,12 +106,14 @@ class Weights:
         return in_a, in_b
 
     def with_rows(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        """A tensor in the shape of A after `rows · A_p` (P × k × r)."""
-        return self.form.write_a(rows.to(tensor) @ self.form.read_a(tensor))
+        """A tensor in the shape of A after `rows · A_p` (P × k × r), computed in float32 at least."""
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return self.form.write_a(rows.to(wide) @ self.form.read_a(wide)).to(tensor.dtype)
 
     def with_columns(self, tensor: Tensor, columns: Tensor) -> Tensor:
-        """A tensor in the shape of B after `B_p · columns` (P × r × k)."""
-        return self.form.write_b(self.form.read_b(tensor) @ columns.to(tensor))
+        """A tensor in the shape of B after `B_p · columns` (P × r × k), computed in float32 at least."""
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return self.form.write_b(self.form.read_b(wide) @ columns.to(wide)).to(tensor.dtype)
 
 
 def weights_of(layer: LoraLayer, adapter_name: str) -> list[Weights]:
@@ -137,8 +144,13 @@ def _end_of(module: nn.Module, outer: dict[Any, Any]) -> nn.Module:
 def gathered(layers: Sequence[LoraLayer], adapter_name: str) -> Iterator[None]:
     """Gather the adapter's weights that DeepSpeed's ZeRO-3 has sharded, until the block ends."""
     parameters = [weight for layer in layers for one in weights_of(layer, adapter_name) for weight in (one.a, one.b)]
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with gather_params_ctx(sharded, modifier_rank=None) if sharded else nullcontext():
+    # DeepSpeed keeps some of the weights gathered after a pass, and must not gather these again.
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id") and parameter.numel() == 0]
+    if not sharded:
+        yield
+        return
+    # Not PEFT's function, which does nothing unless transformers has configured DeepSpeed. The import takes seconds.
+    with importlib.import_module("deepspeed").zero.GatheredParameters(sharded):
         yield
 
 

@@ -1,15 +1,15 @@
 """`PlainAdapter`: what the weights of a trained adapter say without data."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from peft.tuners.lora import LoraLayer
 
-from ..fisher.basis import Basis, basis_of, root_of_triangle
+from ..fisher.basis import Basis, Root, basis_of, root_of_metric, root_of_triangle
 from .factors import Weights, gathered, weights_of
 
 # Half of a SHA-256 is enough, and short enough to read in a file.
@@ -18,58 +18,73 @@ _FINGERPRINT_LENGTH = 32
 
 @dataclass(frozen=True)
 class PlainAdapter:
-    """What the weights of one layer's adapter say without data.
+    """What the weights of one layer's adapter say without data. P is the number of its parts, k their rank.
 
     Attributes:
-        triangles_a: R of `Aᵀ = Q R` for every part (P × k × k).
-        triangles_b: R of `s · B = Q R` for every part (P × k × k).
+        metrics: The plain metrics `s² BᵀB` and `A Aᵀ` (P × k × k each).
         scaling: The layer's scaling s.
         fingerprint: Of A, B and s.
+        roots: Roots of the two metrics by QR of the factors, which keep the small singular values; `None` if they
+            were not asked for.
     """
 
-    triangles_a: npt.NDArray[np.float64]
-    triangles_b: npt.NDArray[np.float64]
+    metrics: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
     scaling: float
     fingerprint: str
+    roots: tuple[Root, Root] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Number of parts and their rank."""
-        return self.triangles_a.shape[0], self.triangles_a.shape[1]
+        parts, rank, _ = self.metrics[0].shape
+        return parts, rank
 
-    @property
+    @cached_property
     def basis(self) -> Basis:
         """The components of the singular value decomposition of `ΔW`."""
-        return basis_of(root_of_triangle(self.triangles_b), root_of_triangle(self.triangles_a))
-
-    @property
-    def metrics(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The plain metrics `s² BᵀB` and `A Aᵀ` for every part (P × k × k)."""
-        b, a = (np.swapaxes(triangles, -1, -2) @ triangles for triangles in (self.triangles_b, self.triangles_a))
-        return b, a
+        root_u, root_h = self.roots or map(root_of_metric, self.metrics)
+        return basis_of(root_u, root_h)
 
 
-def plain_adapters(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, PlainAdapter]:
-    """Layer name to its adapter. Every process has to call this, because weights may be sharded."""
-    return {name: _plain_adapter(layer, adapter_name) for name, layer in layers.items()}
+def plain_adapters(
+    layers: Mapping[str, LoraLayer], adapter_name: str, *, with_roots: bool = False
+) -> dict[str, PlainAdapter]:
+    """Layer name to its adapter. Every process has to call this, because weights may be sharded.
+
+    Raises `ValueError` if a weight is not finite.
+    """
+    return {name: _plain_adapter(name, layer, adapter_name, with_roots) for name, layer in layers.items()}
 
 
-def _plain_adapter(layer: LoraLayer, adapter_name: str) -> PlainAdapter:
+def fingerprints(layers: Mapping[str, LoraLayer], adapter_name: str) -> dict[str, str]:
+    """Layer name to the fingerprint of its adapter; see `PlainAdapter`."""
+    return {
+        name: _fingerprint(weights_of(layer, adapter_name), float(layer.scaling[adapter_name]))
+        for name, layer in layers.items()
+    }
+
+
+def _plain_adapter(name: str, layer: LoraLayer, adapter_name: str, with_roots: bool) -> PlainAdapter:
     with gathered([layer], adapter_name):
         weights, scaling = weights_of(layer, adapter_name), float(layer.scaling[adapter_name])
-        triangles = [one.triangles() for one in weights]
-        return PlainAdapter(
-            np.concatenate([a for a, _ in triangles]),
-            scaling * np.concatenate([b for _, b in triangles]),
-            scaling,
-            _fingerprint(weights, scaling),
-        )
+        grams = [one.grams() for one in weights]
+        metrics = (scaling**2 * np.concatenate([b for _, b in grams]), np.concatenate([a for a, _ in grams]))
+        if not all(np.isfinite(metric).all() for metric in metrics):
+            raise ValueError(f"The adapter of layer {name!r} has weights that are not finite: its training diverged.")
+        roots = _roots(weights, scaling) if with_roots else None
+        return PlainAdapter(metrics, scaling, _fingerprint(weights, scaling), roots)
 
 
-def _fingerprint(weights: list[Weights], scaling: float) -> str:
+def _roots(weights: Sequence[Weights], scaling: float) -> tuple[Root, Root]:
+    triangles = [one.triangles() for one in weights]
+    root_u = root_of_triangle(scaling * np.concatenate([b for _, b in triangles]))
+    return root_u, root_of_triangle(np.concatenate([a for a, _ in triangles]))
+
+
+def _fingerprint(weights: Sequence[Weights], scaling: float) -> str:
     """Of the values, not of their dtype: an adapter in half precision is loaded in float32."""
     digest = hashlib.sha256(f"{scaling:.9g}".encode())
     for one in weights:
         for matrices in one.matrices():
-            digest.update(matrices.to(torch.float32).cpu().contiguous().numpy().tobytes())
+            digest.update(matrices.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:_FINGERPRINT_LENGTH]

@@ -39,8 +39,11 @@ class Root(NamedTuple):
 
 
 def root_of_metric(metric: Array) -> Root:
-    """A root of a symmetric positive semidefinite metric (P × r × r), by its eigenvalues."""
-    values, vectors = np.linalg.eigh((metric + np.swapaxes(metric, -1, -2)) / 2)
+    """A root of a symmetric positive semidefinite metric (P × r × r), by its eigenvalues.
+
+    A metric of zero has the root of the identity; see `_or_identity`.
+    """
+    values, vectors = np.linalg.eigh(_or_identity((metric + np.swapaxes(metric, -1, -2)) / 2))
     is_kept = values > _RELATIVE_CUT * np.maximum(values[..., -1:], 0)
     roots = np.sqrt(np.where(is_kept, values, 0))
     inverses = np.divide(1.0, roots, out=np.zeros_like(roots), where=is_kept)
@@ -50,10 +53,21 @@ def root_of_metric(metric: Array) -> Root:
 def root_of_triangle(triangle: Array) -> Root:
     """The root `Rᵀ` of the plain metric `A Aᵀ`, from the triangle of `Aᵀ = Q R` (P × r × r).
 
-    The metric itself is not formed, which would lose the small singular values.
+    The metric itself is not formed, which would lose the small singular values. As in `root_of_metric`, the root of
+    zero is the identity.
     """
-    root = np.swapaxes(triangle, -1, -2)
+    root = _or_identity(np.swapaxes(triangle, -1, -2))
     return Root(root, np.linalg.pinv(root))
+
+
+def _or_identity(matrices: Array) -> Array:
+    """The identity in the place of zero (P × r × r).
+
+    The B of a layer or of an expert that was never trained is zero. With it, all components would get an A of zero,
+    too, and could never be trained again.
+    """
+    is_zero = ~matrices.any(axis=(-2, -1), keepdims=True)
+    return np.where(is_zero, np.eye(matrices.shape[-1]), matrices)
 
 
 def basis_of(root_u: Root, root_h: Root) -> Basis:
@@ -85,6 +99,13 @@ def gate_gradients(basis: Basis, core_gradients: Array) -> Array:
     `core_gradients` is `Γ_t` (B × P × r × r).
     """
     return np.einsum("pij,bpik,pjk->bpj", basis.left, core_gradients, basis.right, optimize=True)
+
+
+def squared_norms(basis: Basis, plain_u: Array, plain_h: Array) -> Array:
+    """`‖ΔW_j‖²_F` of every component (P × r), from the plain metrics `s² BᵀB` and `A Aᵀ`."""
+    of_left = np.einsum("pij,pik,pkj->pj", basis.left, plain_u, basis.left, optimize=True)
+    of_right = np.einsum("pji,pik,pjk->pj", basis.right, plain_h, basis.right, optimize=True)
+    return np.maximum(of_left, 0) * np.maximum(of_right, 0)
 
 
 def reordered(basis: Basis, order: Array) -> Basis:

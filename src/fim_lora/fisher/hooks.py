@@ -149,7 +149,7 @@ class OutputHook(LayerHook):
         return self._observe(args, kwargs, output, self._watch_output)
 
     def _watch_output(self, call: _Call) -> None:
-        self._watch_first(call, SavedTensor(call.outputs[0]))
+        self._watch_first(call, SavedTensor(call.outputs[0], is_output=True))
 
 
 @dataclass

@@ -43,9 +43,11 @@ class SavedTensor:
     # Thousands of these exist between the passes, and each object with a `__dict__` is work for the garbage collector.
     __slots__ = ("__weakref__", "_dtype", "_origin", "_saved")
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, *, is_output: bool = False) -> None:
         self._saved = _SavedTensors(x)
-        self._dtype, self._origin = x.dtype, (x.grad_fn, x.output_nr)
+        # The graph holds the hook on an output, and with it this object. A reference back to the graph would make a
+        # cycle that Python cannot see, and the graph would never be freed.
+        self._dtype, self._origin = x.dtype, None if is_output else (x.grad_fn, x.output_nr)
 
     def replace_by_copy(self, candidate: Tensor) -> None:
         """Save `candidate`, which autograd keeps anyway, if it is a copy of the input in a more precise dtype.
