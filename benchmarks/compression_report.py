@@ -1,0 +1,167 @@
+"""The tables of `compression.py`: increases of the held-out loss, and their ratios to those of another criterion."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 2000
+
+Floats = NDArray[np.float64]
+
+
+def summary(results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: str, reference: str) -> dict[str, Any]:
+    """Increases by task and their ratios to those of the reference.
+
+    A ratio at a size is the mean over tasks of (sum of the increases of `ours` over the adapters of the task) / (the
+    same sum of `reference`). Tasks in which the increase of the reference is not above its noise have no ratio. The
+    intervals are 95 % percentile intervals over draws of the adapters of each task and of the test batches, which all
+    criteria share.
+
+    Args:
+        results: The result files.
+        sizes: The sizes, as the number of parts of which one is kept.
+        ours: The criterion whose ratio is reported.
+        reference: The criterion that it is compared with.
+
+    Returns:
+        `increase_over_para`: size to `mean`, `ci95` and the tasks it is over. `tasks`: task to increases with
+        intervals by criterion and size, ratios by size, and the adapters.
+    """
+    by_task: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for result in results:
+        by_task[result["run"]["task"]].append(result)
+    tasks = {task: _task_summary(found, sizes, ours, reference) for task, found in by_task.items()}
+    overall = {}
+    for size in map(str, sizes):
+        usable = [task for task, found in tasks.items() if found["ratios"][size] is not None]
+        if not usable:
+            continue
+        draws = np.mean([tasks[task]["ratio_draws"][size] for task in usable], axis=0)
+        mean = float(np.mean([tasks[task]["ratios"][size]["mean"] for task in usable]))
+        overall[size] = {"mean": mean, "ci95": _quantiles(draws), "tasks": usable}
+    for found in tasks.values():
+        del found["ratio_draws"]
+    return {"increase_over_para": overall, "tasks": tasks}
+
+
+def _task_summary(
+    results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: str, reference: str
+) -> dict[str, Any]:
+    criteria = list(results[0]["criteria"])
+    increases: dict[str, dict[str, Any]] = {criterion: {} for criterion in criteria}
+    ratios: dict[str, Any] = {}
+    ratio_draws: dict[str, Floats] = {}
+    for size in map(str, sizes):
+        draws = {criterion: _draws(results, criterion, size) for criterion in criteria}
+        means = {criterion: _mean_increase(results, criterion, size) for criterion in criteria}
+        for criterion in criteria:
+            increases[criterion][size] = {"mean": means[criterion], "ci95": _quantiles(draws[criterion])}
+        ratios[size] = None
+        if increases[reference][size]["ci95"][0] > 0:
+            ratio_draws[size] = draws[ours] / draws[reference]
+            ratios[size] = {"mean": means[ours] / means[reference], "ci95": _quantiles(ratio_draws[size])}
+        difference = draws[ours] - draws[reference]
+        ratios[f"difference {size}"] = {"mean": means[ours] - means[reference], "ci95": _quantiles(difference)}
+    return {
+        "increases": increases,
+        "ratios": ratios,
+        "ratio_draws": ratio_draws,
+        "adapters": [_adapter_row(result, sizes, ours, reference) for result in results],
+    }
+
+
+def _adapter_row(result: Mapping[str, Any], sizes: Sequence[int], ours: str, reference: str) -> dict[str, Any]:
+    row = dict(result["run"]) | {"loss": _loss(result["whole"])}
+    for name in (ours, reference):
+        row[name] = {str(size): _increase(result, name, str(size)) for size in sizes}
+    return row
+
+
+def _loss(losses: Sequence[Sequence[float]]) -> float:
+    total, terms = np.sum(losses, axis=0)
+    return float(total / terms)
+
+
+def _increase(result: Mapping[str, Any], criterion: str, size: str) -> float:
+    return _loss(result["criteria"][criterion]["sizes"][size]["losses"]) - _loss(result["whole"])
+
+
+def _mean_increase(results: Sequence[Mapping[str, Any]], criterion: str, size: str) -> float:
+    return float(np.mean([_increase(result, criterion, size) for result in results]))
+
+
+def _draws(results: Sequence[Mapping[str, Any]], criterion: str, size: str) -> Floats:
+    """Mean increases over drawn adapters and drawn test batches; the draws are the same for every criterion."""
+    whole = np.array([result["whole"] for result in results])  # adapters × batches × (loss, terms)
+    cut = np.array([result["criteria"][criterion]["sizes"][size]["losses"] for result in results])
+    generator = np.random.default_rng(0)
+    adapters, batches = whole.shape[:2]
+    found = np.empty(RESAMPLES)
+    for draw in range(RESAMPLES):
+        chosen = generator.integers(0, batches, batches)
+        rows = generator.integers(0, adapters, adapters)
+        before, after = (losses[rows][:, chosen].sum(axis=1) for losses in (whole, cut))
+        found[draw] = np.mean(after[:, 0] / after[:, 1] - before[:, 0] / before[:, 1])
+    return found
+
+
+def _quantiles(draws: Floats) -> list[float]:
+    return [float(value) for value in np.quantile(draws, [0.025, 0.975])]
+
+
+def format_report(found: Mapping[str, Any]) -> str:
+    """The summary as Markdown tables."""
+    lines = []
+    for task, content in found["tasks"].items():
+        sizes = list(next(iter(content["increases"].values())))
+        lines += [f"### {task}: increase of the held-out loss, mean of {len(content['adapters'])} adapters", ""]
+        lines += _table(["criterion", *(f"1/{size}" for size in sizes)])
+        for criterion, by_size in content["increases"].items():
+            lines.append(_row([criterion, *(_cell(by_size[size]) for size in sizes)]))
+        lines += ["", *_ratio_lines(content, sizes), ""]
+        lines += _adapter_lines(content, sizes)
+    lines += ["### Increase over PARA's", "", *_table(["size", "ratio, mean over tasks", "tasks"])]
+    for size, one in found["increase_over_para"].items():
+        lines.append(_row([f"1/{size}", _cell(one, 2, sign=False), ", ".join(one["tasks"])]))
+    return "\n".join(lines)
+
+
+def _ratio_lines(content: Mapping[str, Any], sizes: Sequence[str]) -> list[str]:
+    cells = [
+        "PARA's increase is within noise"
+        if content["ratios"][size] is None
+        else _cell(content["ratios"][size], 2, False)
+        for size in sizes
+    ]
+    return [
+        f"Ratio to PARA's increase: {'; '.join(f'1/{size} {cell}' for size, cell in zip(sizes, cells, strict=True))}."
+    ]
+
+
+def _adapter_lines(content: Mapping[str, Any], sizes: Sequence[str]) -> list[str]:
+    lines = _table(["adapter", "held-out loss", *(f"1/{size}: fim-lora / PARA" for size in sizes)])
+    for row in content["adapters"]:
+        ours, para = (row[name] for name in list(row)[-2:])
+        cells = [f"{ours[size]:+.4f} / {para[size]:+.4f}" for size in sizes]
+        label = f"r = {row['r']}, rate {row['learning_rate']:g}, seed {row['seed']}"
+        lines.append(_row([label, f"{row['loss']:.4f}", *cells]))
+    return [*lines, ""]
+
+
+def _cell(value: Mapping[str, Any], digits: int = 4, sign: bool = True) -> str:
+    form = f"{'+' if sign else ''}.{digits}f"
+    low, high = value["ci95"]
+    return f"{value['mean']:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _table(headings: Sequence[str]) -> list[str]:
+    return [_row(headings), "|" + " --- |" + " ---: |" * (len(headings) - 1)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
