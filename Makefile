@@ -26,11 +26,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist l
 help: ## List the targets.
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMPS)/demo ## Allocate ranks for SmolLM2-135M on real text and train a few steps with stock PEFT.
+demo: $(STAMPS)/demo ## Allocate ranks for SmolLM2-135M on real text, train with stock PEFT, and compress the adapter.
 	$(BIN)/python examples/stdlib_docstrings.py $(DEMO)/docstrings.jsonl
 	$(BIN)/fim-lora allocate --model "$$($(BIN)/python examples/smollm2_path.py)" --data $(DEMO)/docstrings.jsonl \
 		-r 8 --target-modules all-linear --max-length 128 --output $(DEMO)/adapter --overwrite
-	$(BIN)/python examples/train_with_stock_peft.py $(DEMO)/adapter $(DEMO)/docstrings.jsonl
+	$(BIN)/python examples/train_with_stock_peft.py $(DEMO)/adapter $(DEMO)/docstrings.jsonl $(DEMO)/trained
+	$(BIN)/fim-lora compress $(DEMO)/trained --model "$$($(BIN)/python examples/smollm2_path.py)" \
+		--data $(DEMO)/docstrings.jsonl --split "train[:-16]" --batches 8 --max-length 128 --keep 0.25 \
+		--eval-data $(DEMO)/docstrings.jsonl --eval-split "train[-16:]" --output $(DEMO)/small --overwrite
 
 test: $(STAMPS)/test $(QUANTIZED) $(DEEPSPEED) ## Run all tests with the newest supported PEFT.
 	$(PYTEST) --ignore tests/adapter/test_quantized.py --ignore tests/runtime/test_zero3.py
@@ -41,7 +44,8 @@ test-oldest-peft: $(STAMPS)/test $(QUANTIZED) $(VENV)/peft-$(OLDEST_PEFT) $(VENV
 	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT) $(PYTEST) tests/adapter tests/fisher/layers \
 		tests/ranks/test_rank_allocation.py tests/runtime/test_replay.py tests/runtime/test_wrappers.py \
 		tests/test_initialization.py tests/test_initialization_errors.py tests/test_scoring.py \
-		tests/test_after_training.py tests/test_faults.py \
+		tests/test_after_training.py tests/test_faults.py tests/test_spectrum.py tests/test_compression.py \
+		tests/test_compression_errors.py tests/fisher/test_factors.py tests/ranks/test_spectrum_files.py \
 		--ignore tests/adapter/test_converted_targets.py --ignore tests/adapter/test_patterns.py \
 		--ignore tests/adapter/test_quantized.py
 	PYTHONPATH=$(VENV)/peft-$(OLDEST_PEFT):$(VENV)/torchao-$(OLDEST_TORCHAO):$(QUANTIZED) $(BIN)/python -m pytest \

@@ -21,13 +21,22 @@ ALLOWED_IMPORTS = {
     "adapter": {"config", "runtime", "fisher"},
     "rank_allocation": {"config", "fisher", "ranks", "adapter"},
     "scoring": {"config", "runtime", "fisher", "adapter"},
+    "diagonals": {"runtime", "fisher", "adapter"},
     "initialization": {"runtime", "fisher", "adapter", "rank_allocation", "scoring"},
     "report": {"ranks"},
-    "trainer": {"runtime", "fisher", "ranks", "adapter", "rank_allocation", "scoring", "initialization"},
-    "cli": {"__init__", "config", "runtime", "ranks", "rank_allocation", "scoring", "report"},
+    "spectrum": {"runtime", "fisher", "ranks", "adapter", "report"},
+    "compression": {"runtime", "fisher", "ranks", "adapter", "report", "spectrum"},
+    "trainer": {
+        *("runtime", "fisher", "ranks", "adapter", "rank_allocation", "scoring", "initialization"),
+        *("spectrum", "compression"),
+    },
+    "cli": {
+        *("__init__", "config", "runtime", "ranks", "rank_allocation", "scoring", "report"),
+        *("spectrum", "compression"),
+    },
     "__init__": {
         *("config", "runtime", "fisher", "ranks", "adapter"),
-        *("rank_allocation", "scoring", "initialization", "trainer"),
+        *("rank_allocation", "scoring", "diagonals", "initialization", "spectrum", "compression", "trainer"),
     },
 }
 WITHOUT_PEFT = ("config", "runtime", "fisher", "ranks")

@@ -13,8 +13,6 @@ import json
 import math
 import os
 import string
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given, settings
@@ -24,9 +22,9 @@ from peft import LoraConfig
 from fim_lora import FimConfig, FimScores, LayerScore, RankAllocation
 from fim_lora.report.exports import export
 from fim_lora.runtime.checked_json import InvalidFileError
+from helpers.commands import run_commands
 
 LAYERS = ["encoder.layers.0.q_proj", "encoder.layers.0.v_proj", "encoder.layers.1.q_proj", "head"]
-TIME_LIMIT = 300
 
 
 def scores():
@@ -234,31 +232,6 @@ def test_what_the_error_says(texts, tmp_path, old, new, message):
 
 
 # --- The command ---
-
-
-RUN = """
-import contextlib, io, json, sys
-from fim_lora_command import main
-for line in sys.stdin:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(json.loads(line))
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
-
-
-def run_commands(commands, cwd):
-    lines = "".join(json.dumps([str(word) for word in command]) + "\n" for command in commands)
-    result = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input=lines,
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=cwd,
-        timeout=TIME_LIMIT,
-    )
-    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def renamed(names):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from peft import LoraConfig
@@ -15,15 +16,20 @@ from torch import nn
 from .adapter.checks import require_active, require_unsharded
 from .adapter.patterns import write_pattern
 from .adapter.pending_config import lora_config_of, require_own_config
-from .adapter.plain_adapter import plain_adapters
+from .adapter.plain_adapter import fingerprints
 from .adapter.truncate import CoreMap, config_after_truncation, core_map, truncate_adapter, truncated_weights
 from .fisher.calibration import ForwardFn
 from .fisher.evaluation import mean_loss
 from .ranks.compressed import Compression
 from .ranks.truncation import Kept, by_layer, keep_within
+from .report.html import html_table
+from .report.matplotlib_extra import needs_matplotlib
 from .runtime.distributed import run_on_all
 from .runtime.optimizer_state import require_optimizer
 from .spectrum import LoraSpectrum, checked_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,6 +46,30 @@ class LoraCompression(Compression):
         """`alpha_pattern` for PEFT: an entry for each adapted layer whose `lora_alpha` is not the global one."""
         alphas = {name: self.alphas[name] for name, rank in self.ranks.items() if rank > 0}
         return write_pattern(alphas, self.lora_alpha)
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """Draw the rank of every layer as a map. Notebooks show the result.
+
+        Args:
+            path: Where to write the picture, too. Its suffix, such as `.png` or `.svg`, determines the format.
+
+        Returns:
+            The figure. `LoraSpectrum.plot(chosen=...)` draws the size against the loss.
+
+        Raises:
+            ImportError: If matplotlib is not installed, which is in the extra `fim-lora[cli]`.
+            OSError: If the file cannot be written.
+            ValueError: If the table of layers is too large, or the suffix is not a known format.
+        """
+        with needs_matplotlib():
+            from .report.rank_map import rank_map_figure
+        picture = rank_map_figure(self)
+        if path is not None:
+            picture.write(path)
+        return picture
+
+    def _repr_html_(self) -> str:
+        return html_table(self.rows(), self.criterion)
 
 
 def compress_lora(
@@ -79,7 +109,8 @@ def compress_lora(
         r_max: Largest rank of a layer, such as `max_lora_rank` of a server.
         optimizer: An optimizer that has taken steps with the adapter. The state of Adam and AdamW is carried to the
             new shapes: the first moment by the linear map that the gradient takes, the second by its square. Other
-            optimizers lose the state of resized parameters, with a warning.
+            optimizers lose the state of resized parameters, with a warning. A wrapper such as
+            `DistributedDataParallel` has to be made anew, because it keeps the old shapes.
         serving: Whether all layers get one scaling, `lora_alpha / r` of the present config, for servers that read no
             patterns. The weights take up the difference.
         forward_fn: See `initialize_lora_fim_ranks`; used with `eval_dataloader`.
@@ -105,7 +136,7 @@ def compress_lora(
     loss = None
     if eval_dataloader is not None:
         require_active(layers, name)
-        batches = list(eval_dataloader) if isinstance(eval_dataloader, Iterator) else eval_dataloader
+        batches = _readable_again(eval_dataloader)
         loss = _MeasuredLoss(model, layers, spectrum, batches, forward_fn, show_progress_bar)
     before = None if loss is None else loss.of(None)
     kept, after = _choose(spectrum, size, r_max, at_least, loss, before)
@@ -133,6 +164,48 @@ def compress_lora(
         loss_before=before,
         loss_after=after,
     )
+
+
+def measure_sizes(
+    model: nn.Module,
+    spectrum: LoraSpectrum,
+    sizes: Iterable[int],
+    eval_dataloader: Iterable[Any],
+    *,
+    r_max: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    show_progress_bar: bool = True,
+) -> list[tuple[int, float]]:
+    """Measure the loss at some sizes of the adapter by forward passes, without changing anything.
+
+    Args:
+        model: The model that the spectrum was measured on.
+        spectrum: From `get_lora_spectrum`.
+        sizes: Parameters that the adapter may have. A size without room for a single component is left out.
+        eval_dataloader: Batches, which are read once for each size.
+        r_max: Largest rank of a layer.
+        forward_fn: See `initialize_lora_fim_ranks`.
+        show_progress_bar: Whether to show the progress over `eval_dataloader`.
+
+    Returns:
+        For each size the parameters that were kept, and the loss.
+
+    Raises:
+        ValueError: If the spectrum was measured on other weights, the adapter is not active, or a loss is not finite.
+        RuntimeError: If another process failed.
+    """
+    config, layers = run_on_all(lambda: _checked_for_truncation(model, spectrum))
+    require_active(layers, spectrum.adapter_name)
+    at_least = dict.fromkeys(spectrum, 1) if _bias_needs_adapter(config) else {}
+    batches = _readable_again(eval_dataloader)
+    loss = _MeasuredLoss(model, layers, spectrum, batches, forward_fn, show_progress_bar)
+    selections = [spectrum.keep(size, r_max=r_max, at_least=at_least) for size in sizes]
+    return [(spectrum.parameters_of(kept), loss.of(kept)) for kept in selections if any(kept.values())]
+
+
+def _readable_again(dataloader: Iterable[Any]) -> Iterable[Any]:
+    """The batches of an iterator as a list; in every process, because one may fail."""
+    return run_on_all(lambda: list(dataloader) if isinstance(dataloader, Iterator) else dataloader)
 
 
 class _MeasuredLoss:
@@ -188,15 +261,17 @@ def _checked_for_truncation(model: nn.Module, spectrum: LoraSpectrum) -> tuple[L
     config = lora_config_of(model, name)
     require_own_config(model, name, config)
     layers = checked_layers(model, name)
-    require_unsharded(model, layers)
+    require_unsharded(
+        model, layers, "Load it into a model that is not sharded: the spectrum is right for that one, too"
+    )
     different = sorted(set(layers) ^ set(spectrum))
     if different:
         raise ValueError(
             f"The spectrum and adapter {name!r} have different layers, such as {different[0]!r}: the spectrum is of "
             "another adapter. Measure it again with `get_lora_spectrum`."
         )
-    for layer, plain in plain_adapters(layers, name).items():
-        if plain.fingerprint != spectrum[layer].fingerprint:
+    for layer, fingerprint in fingerprints(layers, name).items():
+        if fingerprint != spectrum[layer].fingerprint:
             raise ValueError(
                 f"The adapter of layer {layer!r} has other weights than those that the spectrum was measured on. "
                 "Measure it again with `get_lora_spectrum`."
@@ -221,7 +296,7 @@ def _choose(
     kind, value = size
     if kind != "max_loss_increase":
         uniform = sum(layer.parameters_per_rank for layer in spectrum.values())
-        budget = int(value * spectrum.num_parameters) if kind == "keep" else int(value) * uniform
+        budget = spectrum.parameters_of_share(value) if kind == "keep" else int(value) * uniform
         kept = spectrum.keep(budget, r_max=r_max, at_least=at_least)
         return kept, None if loss is None else loss.of(kept)
     assert loss is not None

@@ -82,6 +82,13 @@ class FimConfig:
         _require_initialization(self.init_lora_weights)
 
 
+BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of PEFT's initializations that subtract something of the adapter's rank from the base weights.
+
+PEFT does it again whenever the adapter is loaded.
+"""
+
+
 def changes_base_weight(init_lora_weights: bool | str) -> bool:
     """Whether this initialization of PEFT subtracts the adapter from the base weight, as PiSSA and OLoRA do."""
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from peft.tuners.lora import LoraLayer
@@ -15,14 +16,20 @@ from .adapter.factors import outermost_wrappers
 from .adapter.lora_layers import adapter_layers
 from .adapter.pending_config import lora_config_of
 from .adapter.plain_adapter import PlainAdapter, plain_adapters
-from .fisher.basis import Basis, basis_of, damped, gate_gradients, reordered, root_of_metric
+from .fisher.basis import Basis, basis_of, damped, gate_gradients, reordered, root_of_metric, squared_norms
 from .fisher.calibration import ForwardFn, calibrate
 from .fisher.factors import AdapterMoments
 from .fisher.layers.components import AdaptedLayer, adapted_layer
-from .ranks.spectrum import LayerSpectrum, Spectrum
+from .ranks.compressed import Compression
+from .ranks.spectrum import SHOWN_SHARES, LayerSpectrum, Spectrum, size_rows
 from .ranks.truncation import Component, agreement, keep_within, order_of_components
+from .report.html import html_table
+from .report.matplotlib_extra import needs_matplotlib
 from .runtime.distributed import gather_from_all, run_on_all
 from .runtime.wrappers import unwrap_engine
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_BATCHES = 64
 """Batches that `num_batches=None` reads at most, in each process."""
@@ -43,6 +50,39 @@ class LoraSpectrum(Spectrum):
     `print` shows sizes against the predicted loss, and `plot` draws them. It belongs to the weights that it was
     measured on, and `compress_lora` refuses it for others. `save` and `load` write and read it as JSON.
     """
+
+    def plot(
+        self,
+        path: str | PathLike[str] | None = None,
+        *,
+        chosen: Compression | None = None,
+        measured: Sequence[tuple[int, float]] = (),
+    ) -> Figure:
+        """Draw the size of the adapter against the predicted increase of the loss. Notebooks show the result.
+
+        Args:
+            path: Where to write the picture, too. Its suffix, such as `.png` or `.svg`, determines the format.
+            chosen: The result of `compress_lora`: its size is marked.
+            measured: Parameters of an adapter and the measured increase of the loss, for other sizes.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed, which is in the extra `fim-lora[cli]`.
+            OSError: If the file cannot be written.
+            ValueError: If `chosen` is of another adapter, or the suffix is not a known format.
+        """
+        with needs_matplotlib():
+            from .report.size_curve import size_curve_figure
+        picture = size_curve_figure(self, chosen=chosen, measured=measured)
+        if path is not None:
+            picture.write(path)
+        return picture
+
+    def _repr_html_(self) -> str:
+        heading = f"{len(self)} layers, {self.num_parameters:,} parameters, {self.criterion}"
+        return html_table(size_rows(self.size_curve((1.0, *SHOWN_SHARES))), heading)
 
 
 def get_lora_spectrum(
@@ -79,7 +119,8 @@ def get_lora_spectrum(
     Raises:
         ValueError: If the adapter does not exist, is not an active LoRA adapter, still awaits its ranks, is merged, is
             a variant of LoRA such as DoRA, or was initialized with a change of the base weights; if two layers share
-            their weights; if `num_batches` is below 1; if the dataloader is empty or its batches give no usable loss.
+            their weights; if `num_batches` is below 1; if the dataloader is empty or its batches give no usable loss;
+            if without data the adapter is untrained.
         RuntimeError: If no batch had finite gradients, every gradient is zero, as for an untrained adapter, or another
             process failed.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
@@ -89,9 +130,14 @@ def get_lora_spectrum(
         raise ValueError(f"num_batches must be at least 1, or None, got {num_batches!r}.")
     layers = run_on_all(lambda: checked_layers(model, adapter_name))
     adapted = adapted_layers(model, layers, adapter_name)
-    plain = plain_adapters(layers, adapter_name)
+    plain = plain_adapters(layers, adapter_name, with_roots=dataloader is None)
     if dataloader is None:
-        return spectrum_of(adapted, plain, None, adapter_name)
+        spectrum = spectrum_of(adapted, plain, None, adapter_name)
+        if not any(layer.squared_norms.any() for layer in spectrum.values()):
+            raise ValueError(
+                f"Adapter {adapter_name!r} adds zero to every weight, as before its training: train it first."
+            )
+        return spectrum
     require_active(layers, adapter_name)
     moments = calibrate(
         model,
@@ -139,15 +185,14 @@ def spectrum_of(
 
 
 def _layer_spectrum(layer: AdaptedLayer, plain: PlainAdapter, moments: AdapterMoments | None) -> LayerSpectrum:
-    basis, gates = plain.basis, None
-    if moments is not None:
+    gates = None
+    if moments is None:
+        basis = plain.basis
+    else:
         basis = _damped_basis(plain, moments, layer.name)
         gates = _gates(basis, moments, layer.name)
         order = np.argsort(-np.square(gates).mean(0), axis=1, kind="stable")
         basis, gates = reordered(basis, order), np.take_along_axis(gates, order[None], axis=2).sum(1)
-    norms = np.linalg.norm(plain.triangles_b @ basis.left, axis=1) * np.linalg.norm(
-        basis.right @ np.swapaxes(plain.triangles_a, -1, -2), axis=2
-    )
     weight = layer.weight_shape
     return LayerSpectrum(
         shape=(weight.d_out, weight.d_in),
@@ -158,7 +203,7 @@ def _layer_spectrum(layer: AdaptedLayer, plain: PlainAdapter, moments: AdapterMo
         left=basis.left.astype(np.float32),
         right=basis.right.astype(np.float32),
         gates=None if gates is None else gates.astype(np.float32),
-        squared_norms=np.square(norms).sum(0).astype(np.float32),
+        squared_norms=squared_norms(basis, *plain.metrics).sum(0).astype(np.float32),
     )
 
 

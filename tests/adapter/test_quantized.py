@@ -1,5 +1,6 @@
 """Quantized base weights: the eFIM is that of the dequantized weight, computed by autograd on a float64 copy."""
 
+import copy
 import importlib.util
 import inspect
 import os
@@ -17,12 +18,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from fim_lora import get_fim_scores, initialize_lora_fim_ranks
-from helpers.adapters import fim_lora_config, logits, randomize, run_own_loop
+from fim_lora import compress_lora, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora.fisher.evaluation import mean_loss
+from helpers.adapters import fim_lora_config, logits, lora_layers, randomize, run_own_loop
 from helpers.packed_layers import LIBRARIES, PackedLinear, assert_scores_of_packed_layers
 from helpers.quantized_models import TARGETS, dequantized, dequantized_model, float_llama, worst_error
 from helpers.stock_peft import stock
 from helpers.tiny_models import llama, lm_batches, names_of, per_example_scores, running_out_of_memory
+from helpers.trained_adapters import components_of, deltas_of, spectrum_of, trained
 
 
 def nf4(compute_dtype=torch.float32):
@@ -241,8 +244,37 @@ def test_layers_that_pass_no_gradient_on_are_an_error(folder):
     config = fim_lora_config(target_modules=TARGETS)
     with pytest.raises(RuntimeError, match=r"self_attn\.o_proj.*passes no gradient to its input"):
         get_fim_scores(model, lm_batches(), config, show_progress_bar=False)
+    trained_model = trained(load(folder, torchao("Int8DynamicActivationInt8WeightConfig")), target_modules=TARGETS)
+    with pytest.raises(RuntimeError, match="passes no gradient to its input"):
+        spectrum_of(trained_model)
     with pytest.raises(RuntimeError, match="passes no gradient to its input"):
         run_own_loop(get_peft_model(load(folder, torchao("Int8DynamicActivationInt8WeightConfig")), config))
+
+
+@pytest.mark.parametrize("quantization", CASES)
+def test_a_trained_adapter_is_measured_and_truncated(folder, quantization):
+    """Its spectrum is that on the dequantized weights in float64, and the base weights stay as they are."""
+    make, tolerance = CASES[quantization]
+    model = trained(load(folder, make()), target_modules=TARGETS)
+    found = spectrum_of(model)
+    expected = spectrum_of(trained(dequantized_model(load(folder, make())), target_modules=TARGETS))
+    original = spectrum_of(trained(float_llama(), target_modules=TARGETS))
+    errors = []
+    for name, layer in expected.items():
+        scale = layer.saliencies[0]
+        assert found[name].saliencies == pytest.approx(layer.saliencies, rel=20 * tolerance, abs=tolerance * scale)
+        errors.append(abs(original[name].saliencies[0] / scale - 1))
+    assert max(errors) > 20 * tolerance  # the comparison above can distinguish the two models
+    before = copy.deepcopy(lora_layers(model))
+    data = lm_batches(2)
+    result = compress_lora(model, found, keep=0.4, eval_dataloader=data, show_progress_bar=False)
+    assert result.loss_after == pytest.approx(mean_loss(model, data, show_progress_bar=False), rel=1e-4)
+    kept = found.keep(int(0.4 * found.num_parameters))
+    for name, layer in lora_layers(model).items():
+        (truth,) = components_of(before[name], found[name], kept[name])
+        torch.testing.assert_close(deltas_of(layer)[0], truth, rtol=1e-4, atol=1e-5)
+    for name in result.dropped_layers:
+        assert type(model.get_base_model().get_submodule(name)) is type(before[name].get_base_layer())
 
 
 # --- Libraries that do not run here: a layer of the same kind under PEFT's own LoRA layers for them ---

@@ -306,7 +306,7 @@ def test_given_factors_of_a_stack_of_experts():
     [
         ({}, "attention", "Factors are given for 'attention', which does not keep an adapter"),
         ({"use_dora": True}, "linear", "A given B cannot be combined with use_dora"),
-        ({"lora_bias": True}, "linear", "A given B cannot be combined with use_dora, lora_bias"),
+        ({"lora_bias": True}, "linear", "or without its bias with lora_bias"),
         ({"init_lora_weights": "olora"}, "linear", "PiSSA or OLoRA"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
-from fim_lora.fisher.saved import SavedInput
+from fim_lora.fisher.saved import SavedTensor
 from helpers.llama_calibration import TARGETS, assert_trains_alike, fim_config, fim_model
 from helpers.tiny_models import llama, lm_batches
 
@@ -82,10 +82,10 @@ def test_a_copy_of_another_tensor_or_to_a_coarser_dtype_is_not_taken_for_the_inp
     x = torch.randn(2, 3, dtype=torch.bfloat16).requires_grad_() * 1
     x, beside = torch.cat([x, 2 * x]).chunk(2)  # two outputs of one step
     for copied in (x.half(), beside.float(), (x * 2).float(), x.float() * 2, x.detach().float(), x.float()[:1]):
-        saved = SavedInput(x)
+        saved = SavedTensor(x)
         saved.replace_by_copy(copied)
         assert torch.equal(saved.with_gradients("layer", x).input, x)
-    saved = SavedInput(x)
+    saved = SavedTensor(x)
     saved.replace_by_copy(x.float())
     kept = saved._saved._anchor.grad_fn.saved_tensors[0]
     assert kept.dtype == torch.float32

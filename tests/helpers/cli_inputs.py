@@ -3,10 +3,19 @@
 import json
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fim_lora_command import main
+from helpers.trained_adapters import fill
 
 WORDS = [f"w{number}" for number in range(40)]
 VOCABULARY = ["<unk>", "<pad>", "</s>", *WORDS, "user", "assistant", ":"]
@@ -49,6 +58,29 @@ def save_bert(folder):
     return folder
 
 
+def save_adapter(model, folder, *, num_labels=None, vocabulary=None, dtype=torch.float32, **options):
+    """A folder of `save_pretrained` with an adapter for a model folder, with random weights as after training.
+
+    `vocabulary` is the number of tokens after some were added in the training.
+    """
+    torch.manual_seed(1)
+    if num_labels is None:
+        base = LlamaForCausalLM.from_pretrained(model, dtype=dtype)
+    else:
+        base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=num_labels, dtype=dtype)
+    task_type = "CAUSAL_LM" if num_labels is None else "SEQ_CLS"
+    options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": task_type} | options
+    if vocabulary is not None:
+        base.resize_token_embeddings(vocabulary)
+    adapted = get_peft_model(base, LoraConfig(**options))
+    fill(adapted, std=0.1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    adapted.save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -64,6 +96,20 @@ def allocate(model, data, output, *options):
     return main(["allocate", *[str(word) for word in (*fixed, *options)]])
 
 
+def compress(adapter, data, output, *options):
+    """Exit code of `fim-lora compress` with few batches."""
+    given = [] if data is None else ["--data", data, "--batches", 2]
+    fixed = ["--output", output, "--batch-size", 2]
+    return main(["compress", *[str(word) for word in (adapter, *given, *fixed, *options)]])
+
+
+COMPRESSED_FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "fim_compression.json",
+    "rank_map.png",
+    "size_curve.png",
+]
 OUR_FILES = ["adapter_config.json", "fim_allocation.json", "rank_map.png"]
 
 

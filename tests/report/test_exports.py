@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 
 from fim_lora import FimConfig, FimScores, LayerScore, RankAllocation
 from fim_lora.report.exports import FORMATS, export
+from helpers.spectra import compression, spectrum
 from helpers.tiny_models import llama, names_of
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -114,6 +115,18 @@ def test_csv_shows_layers_without_rank():
     first, allocation, config = without_first_layer()
     rows = list(csv.DictReader(io.StringIO(export(allocation, config, "csv"))))
     assert {row["layer"]: row["rank"] for row in rows}[first] == "0"
+
+
+def test_csv_of_a_compression_has_the_ranks_before_and_the_parameters():
+    chosen = compression(spectrum(), 0.25)
+    rows = list(csv.DictReader(io.StringIO(export(chosen, base_config(), "csv"))))
+    assert list(rows[0]) == ["layer", "rank_before", "parameters", "rank"]
+    assert {row["layer"]: int(row["rank"]) for row in rows} == chosen.ranks
+    assert {row["layer"]: int(row["rank_before"]) for row in rows} == chosen.ranks_before
+    assert sum(int(row["parameters"]) for row in rows) == chosen.num_parameters
+    formula = compression(spectrum(["=1+1", "layers.0.a"]))
+    with pytest.raises(ValueError, match="would evaluate the layer name '=1\\+1' as a formula"):
+        export(formula, base_config(), "csv")
 
 
 @pytest.mark.parametrize(

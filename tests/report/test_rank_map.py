@@ -1,13 +1,16 @@
 """The rank map."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.image import imread
 from peft import LoraConfig
 
 from fim_lora import FimConfig, FimScores, LayerScore, RankAllocation
-from fim_lora.report import rank_map
-from fim_lora.report.rank_map import _text_color, _ticks, draw_rank_map
+from fim_lora.report import picture
+from fim_lora.report.rank_map import _text_color, _ticks, draw_rank_map, rank_map_figure
+from helpers.spectra import compression, spectrum
 
 LLAMA_KINDS = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
 T5_ATTENTION = [f"0.SelfAttention.{kind}" for kind in "qkvo"]
@@ -51,7 +54,7 @@ def test_the_map_is_a_picture_of_sensible_size(tmp_path, names, options, least, 
 
 
 def test_a_map_of_very_many_layers_fits_the_renderer(tmp_path, monkeypatch):
-    monkeypatch.setattr(rank_map, "_MAX_DOTS", 1000)
+    monkeypatch.setattr(picture, "_MAX_DOTS", 1000)
     draw_rank_map(allocation_of([f"layers.{depth}.q" for depth in range(100)]), tmp_path / "map.png")
     assert 900 <= imread(tmp_path / "map.png").shape[0] <= 1050
 
@@ -60,6 +63,23 @@ def test_every_rank_is_written_in_the_picture(tmp_path):
     allocation = allocation_of(LLAMA_32)
     draw_rank_map(allocation, tmp_path / "map.svg")
     assert (tmp_path / "map.svg").read_text().count("<!-- ") >= len(allocation.ranks)
+
+
+def test_the_map_of_a_compression_has_its_ranks_and_says_what_was_kept(tmp_path):
+    chosen = replace(compression(spectrum(), 0.25, r_max=3), criterion=r"$\frac$ of $x$")
+    figure = rank_map_figure(chosen)
+    [title] = [text.get_text() for text in figure.texts if "kept" in text.get_text()]
+    assert title.splitlines() == [
+        "LoRA ranks after the compression, keep = 0.25, r_max = 3",
+        f"parameters: {chosen.num_parameters:,} of {chosen.num_parameters_before:,} kept ({chosen.share:.1%})",
+        r"\$\frac\$ of \$x\$",
+    ]
+    cells = [int(text.get_text()) for axes in figure.axes[:1] for text in axes.texts]
+    assert sorted(cells) == sorted(chosen.ranks.values())
+    assert 0 in cells
+    assert "white: no adapter" in [text.get_text() for text in figure.texts]
+    draw_rank_map(chosen, tmp_path / "map.png")
+    assert imread(tmp_path / "map.png").size > 0
 
 
 def test_nothing_to_draw_is_refused(tmp_path):

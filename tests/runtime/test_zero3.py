@@ -6,15 +6,17 @@ import shutil
 
 import pytest
 
-from fim_lora import get_fim_scores
+from fim_lora import LoraSpectrum, get_fim_scores, get_lora_spectrum
 from helpers.several_processes import ALL, base, config
+from helpers.spectra_in_processes import spectrum
 from helpers.torchrun import NUM_PROCESSES, assert_same_scores, torchrun
+from helpers.trained_adapters import trained
 
 pytest.importorskip("deepspeed")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its communication for the CPU")
-def test_scores_of_a_model_sharded_by_zero3(tmp_path, monkeypatch):
+def test_scores_and_spectrum_of_a_model_sharded_by_zero3(tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
     finished = torchrun("helpers.zero3", str(tmp_path))
     assert finished.returncode == 0, finished.stderr
@@ -24,3 +26,15 @@ def test_scores_of_a_model_sharded_by_zero3(tmp_path, monkeypatch):
         assert_same_scores(found["module"], alone, relative=1e-5)
         assert_same_scores(found["engine"], alone, relative=1e-5)
         assert not found["without_gradient"]
+        assert_spectrum(found["spectrum"])
+
+
+def assert_spectrum(found):
+    model = trained(base().float())
+    assert LoraSpectrum.from_dict(found["without_data"]) == get_lora_spectrum(model, None)
+    expected, measured = spectrum(model, ALL), LoraSpectrum.from_dict(found["measured"])
+    for name, layer in expected.items():
+        assert measured[name].fingerprint == layer.fingerprint
+        assert measured[name].saliencies == pytest.approx(layer.saliencies, rel=1e-4, abs=1e-5 * layer.saliencies[0])
+    assert "is sharded" in found["error"]
+    assert "the spectrum is right for that one, too" in found["error"]

@@ -5,14 +5,15 @@ Each raises `ValueError` with the name of a layer or of a field of the config, a
 
 from collections.abc import Mapping
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..config import changes_base_weight
+from ..config import BASE_CHANGING_INITIALIZATIONS, changes_base_weight
 from ..runtime.offloading import is_offloaded
 from ..runtime.wrappers import any_sharded, strip_wrapper_names, uses_fsdp1
+from .factors import weights_of
 from .layer_state import own_modules_and_parameters
 from .lora_layers import layers_rebuilt_together, name_in_base_model
 from .pending_config import awaits_ranks, final_initialization
@@ -32,10 +33,6 @@ NOT_RESIZABLE = {
     "arrow_config": "a router of Arrow mixes other adapters, and its own A and B are never used. Leave it out",
 }
 
-# The beginnings of PEFT's initializations that subtract something of the adapter's rank from the base weights. PEFT
-# does it again whenever the adapter is loaded.
-CHANGES_BASE_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 
 def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config: LoraConfig) -> None:
     """Refuse an adapter whose ranks cannot be changed."""
@@ -50,6 +47,11 @@ def require_compressible(
     model: nn.Module, layers: Mapping[str, LoraLayer], config: LoraConfig, adapter_name: str
 ) -> None:
     """Refuse a trained adapter that does not add `s · B A` to its base weights, or whose weights cannot be read."""
+    if config.peft_type != PeftType.LORA:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is a {type(config).__name__} adapter, which is not plain LoRA: convert it, for "
+            "example with `peft.convert_to_lora`, and compress that."
+        )
     if awaits_ranks(config):
         raise ValueError(
             f"Adapter {adapter_name!r} still awaits its ranks: call `initialize_lora_fim_ranks`, and train it first."
@@ -58,7 +60,7 @@ def require_compressible(
     if uses_fsdp1(model):
         raise ValueError("FullyShardedDataParallel flattens the adapter's weights: use FSDP2 (`fully_shard`).")
     init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(CHANGES_BASE_WEIGHT):
+    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITIALIZATIONS):
         raise ValueError(
             f"The adapter was initialized with {init!r}, which changed the base weights by an adapter of the present "
             "rank. Save it as plain LoRA with save_pretrained(..., path_initial_model_for_weight_conversion=...) of "
@@ -67,18 +69,31 @@ def require_compressible(
     seen: dict[int, str] = {}
     for name, layer in layers.items():
         _require_plain_lora(name, layer, adapter_name)
-        for part in layers_rebuilt_together(layer):
-            for (_, own_name), parameter in own_modules_and_parameters(part)[1].items():
-                if "lora_" not in own_name and own_name != "weight":
-                    continue
-                if seen.setdefault(id(parameter), name) != name:
-                    raise ValueError(
-                        f"Layers {seen[id(parameter)]!r} and {name!r} share the weights of their adapter "
-                        "(ensure_weight_tying), which cannot be truncated in two ways: train without it."
-                    )
+        for weight in (weight for one in weights_of(layer, adapter_name) for weight in (one.a, one.b)):
+            if weight.device.type == "meta":
+                raise ValueError(
+                    f"The adapter of layer {name!r} is offloaded, so its weights cannot be read: offload only the "
+                    "base model, by `device_map`, and load the adapter with PEFT."
+                )
+            if seen.setdefault(id(weight), name) != name:
+                _refuse_shared_adapter(seen[id(weight)], name)
+    for tied in getattr(config, "target_modules_to_tie", None) or ():
+        _refuse_shared_adapter("the input embedding", tied)
+
+
+def _refuse_shared_adapter(first: str, second: str) -> None:
+    raise ValueError(
+        f"Layers {first!r} and {second!r} share the weights of their adapter (ensure_weight_tying), which cannot be "
+        "truncated in two ways: train without it."
+    )
 
 
 def _require_plain_lora(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    if layer.scaling[adapter_name] == 0:
+        raise ValueError(
+            f"Layer {name!r} has scaling 0, so its adapter adds nothing: call `set_scale` with another value, or "
+            "remove the layer from the adapter."
+        )
     for part in layers_rebuilt_together(layer):
         variant = getattr(part, "lora_variant", {}).get(adapter_name)
         kind = "DoRA" if part.use_dora.get(adapter_name) else type(variant).__name__
@@ -151,7 +166,14 @@ def require_not_offloaded(layers: Mapping[str, LoraLayer], init_lora_weights: bo
             )
 
 
-def require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+BEFORE_SHARDING = (
+    "Call `initialize_lora_fim_ranks` before the model is sharded. If the model is too large for that, call "
+    "`get_fim_scores` on the sharded model without an adapter, and create it with the config that "
+    "`RankAllocation.from_scores(scores, config).to_lora_config(config)` returns"
+)
+
+
+def require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer], way_out: str = BEFORE_SHARDING) -> None:
     """Refuse sharded adapters, because a sharded parameter cannot change its shape."""
     in_fsdp1 = uses_fsdp1(model)
     for name, layer in layers.items():
@@ -159,8 +181,5 @@ def require_unsharded(model: nn.Module, layers: Mapping[str, LoraLayer]) -> None
             any_sharded(own_modules_and_parameters(part)[1].values()) for part in layers_rebuilt_together(layer)
         ):
             raise ValueError(
-                f"The adapter of layer {name!r} is sharded, and its rank can no longer change. Call "
-                "`initialize_lora_fim_ranks` before the model is sharded. If the model is too large for that, call "
-                "`get_fim_scores` on the sharded model without an adapter, and create it with the config that "
-                "`RankAllocation.from_scores(scores, config).to_lora_config(config)` returns."
+                f"The adapter of layer {name!r} is sharded, and its rank can no longer change. {way_out}."
             )

@@ -163,7 +163,8 @@ def _write_factor(name: str, layer: Any, letter: str, adapter_name: str, value: 
             f"{letter} of layer {name!r} has shape {tuple(weight.shape)} at this rank, but the given {letter} has "
             f"shape {tuple(value.shape)}: pass factors in the shapes of PEFT's weights."
         )
-    weight.data = value.detach().to(device=weight.device, dtype=weight.dtype, copy=True).contiguous()
+    # The dtype stays: PEFT has made the weight in that of the base weight, which may be coarser than the adapter's.
+    weight.data = value.detach().to(device=weight.device, copy=True).contiguous()
 
 
 def _verify(name: str, layer: LoraLayer, adapter_name: str, rank: int, alpha: float, config: LoraConfig) -> None:

@@ -186,8 +186,10 @@ def _to_host(layer: MeasuredLayer) -> tuple[Array, Array, Array]:
         tensor.detach().double().cpu().numpy()
         for tensor in (layer.moments.inputs, layer.moments.gradients, layer.moments.core_gradients)
     )
-    terms = layer.num_loss_terms
-    return inputs, gradients * float(terms) ** 2, core * terms
+    squared_terms = float(layer.num_loss_terms) ** 2
+    if layer.moments.inputs_have_gradients:
+        inputs = inputs * squared_terms
+    return inputs, gradients * squared_terms, core * layer.num_loss_terms
 
 
 def _warn(moments: AdapterMoments) -> None:

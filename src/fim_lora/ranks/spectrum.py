@@ -235,6 +235,13 @@ class Spectrum(Mapping[str, LayerSpectrum]):
             return Prediction(float(by_example.mean()), None)
         return Prediction(float(by_example.mean()), float(by_example.std(ddof=1) / math.sqrt(len(by_example))))
 
+    def parameters_of_share(self, share: float) -> int:
+        """The parameters that are at most this share of the whole adapter; rounding errors of the share do not count.
+
+        Without the tolerance, `SizePoint.share` would not always lead back to its own size.
+        """
+        return math.floor(share * self.num_parameters * (1 + 1e-12))
+
     def size_point(self, parameters: int, *, r_max: int | None = None) -> SizePoint:
         """The adapter with at most this many parameters."""
         kept = self.keep(parameters, r_max=r_max)
@@ -243,7 +250,7 @@ class Spectrum(Mapping[str, LayerSpectrum]):
 
     def size_curve(self, shares: Sequence[float] = SHOWN_SHARES) -> list[SizePoint]:
         """The adapter at each of these shares of its parameters."""
-        return [self.size_point(int(share * self.num_parameters)) for share in shares]
+        return [self.size_point(self.parameters_of_share(share)) for share in shares]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types. Arrays are base64 of float32, the smallest byte first."""

@@ -1,6 +1,6 @@
-"""Convert an allocation to text, for tools that read files.
+"""Convert an allocation or a compression to text, for tools that read files.
 
-A new format is one function from allocation and config to text, and its entry in `_EXPORTERS`.
+A new format is one function from one of them and a config to text, and its entry in `_EXPORTERS`.
 """
 
 import copy
@@ -18,6 +18,9 @@ from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
 from ..ranks.allocation import Allocation
+from ..ranks.compressed import Compression
+
+Result = Allocation | Compression
 
 # A spreadsheet evaluates a cell that starts with one of these as a formula.
 _FORMULA_STARTS = ("=", "+", "-", "@")
@@ -56,12 +59,12 @@ _DESCRIPTIVE_FIELDS = {
 _YAML_WIDTH = 10_000
 
 
-def export(allocation: Allocation, config: LoraConfig, file_format: str) -> str:
-    """Write an allocation in the format of another tool.
+def export(result: Result, config: LoraConfig, file_format: str) -> str:
+    """Write an allocation or a compression in the format of another tool.
 
     Args:
-        allocation: The allocation.
-        config: The result of `allocation.to_lora_config`; it is not changed.
+        result: The allocation or compression.
+        config: The result of `allocation.to_lora_config`, or the config of the compressed adapter; it is not changed.
         file_format: One of `FORMATS`: `"csv"`, a table of layers; `"axolotl"`, the LoRA part of axolotl's training
             config, as YAML; `"peft"`, PEFT's `adapter_config.json`.
 
@@ -74,25 +77,33 @@ def export(allocation: Allocation, config: LoraConfig, file_format: str) -> str:
     """
     if file_format not in _EXPORTERS:
         raise ValueError(f"Unknown export format {file_format!r}: choose one of {', '.join(FORMATS)}.")
-    return _EXPORTERS[file_format](allocation, config)
+    return _EXPORTERS[file_format](result, config)
 
 
-def _csv(allocation: Allocation, config: LoraConfig) -> str:
+def _csv(result: Result, config: LoraConfig) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["layer", "score", "standard_error", "rank"])
-    for name, rank in allocation.ranks.items():
+    others = ["rank_before", "parameters"] if isinstance(result, Compression) else ["score", "standard_error"]
+    writer.writerow(["layer", *others, "rank"])
+    for name, rank in result.ranks.items():
         if name.startswith(_FORMULA_STARTS):
             raise ValueError(
                 f"A spreadsheet would evaluate the layer name {name!r} as a formula: export to another format."
             )
-        score = allocation.scores[name]
         # None becomes an empty field.
-        writer.writerow([name, score.mean, score.standard_error, rank])
+        writer.writerow([name, *_values(result, name), rank])
     return text.getvalue()
 
 
-def _peft(allocation: Allocation, config: LoraConfig) -> str:
+def _values(result: Result, name: str) -> tuple[float | None, float | None]:
+    """The columns of the table between the name and the rank of a layer."""
+    if isinstance(result, Compression):
+        return result.ranks_before[name], result.ranks[name] * result.parameters_per_rank[name]
+    score = result.scores[name]
+    return score.mean, score.standard_error
+
+
+def _peft(result: Result, config: LoraConfig) -> str:
     config = copy.copy(config)
     for field, value in vars(config).items():
         if isinstance(value, set):
@@ -103,7 +114,7 @@ def _peft(allocation: Allocation, config: LoraConfig) -> str:
         return (Path(folder) / CONFIG_NAME).read_text(encoding="utf-8") + "\n"
 
 
-def _axolotl(allocation: Allocation, config: LoraConfig) -> str:
+def _axolotl(result: Result, config: LoraConfig) -> str:
     """The LoRA part of a training config, by the schema and the adapter loader of axolotl 0.21.0.
 
     axolotl has had `lora_rank_pattern` and `lora_alpha_pattern` since 0.18.0. All ranks and alphas in them must be
@@ -116,7 +127,7 @@ def _axolotl(allocation: Allocation, config: LoraConfig) -> str:
         "lora_alpha": _integer_alpha(config.lora_alpha, "lora_alpha"),
     }
     is_narrowed = bool(_NARROWING_FIELDS & deviations.keys())
-    content |= _axolotl_targets(allocation, config, is_narrowed) | _axolotl_options(deviations)
+    content |= _axolotl_targets(result, config, is_narrowed) | _axolotl_options(deviations)
     if config.rank_pattern:
         content["lora_rank_pattern"] = dict(config.rank_pattern)
     if config.alpha_pattern:
@@ -126,11 +137,11 @@ def _axolotl(allocation: Allocation, config: LoraConfig) -> str:
     return yaml.safe_dump(content, sort_keys=False, width=_YAML_WIDTH)
 
 
-def _axolotl_targets(allocation: Allocation, config: LoraConfig, is_narrowed: bool) -> dict[str, Any]:
+def _axolotl_targets(result: Result, config: LoraConfig, is_narrowed: bool) -> dict[str, Any]:
     if config.target_modules is None and config.target_parameters and not is_narrowed:
         return {}
     if config.target_modules is None or is_narrowed:
-        names = [re.escape(name) for name, rank in allocation.ranks.items() if rank > 0]
+        names = [re.escape(name) for name, rank in result.ranks.items() if rank > 0]
         # A list would also match excluded modules whose names end like one of these.
         return {"lora_target_modules": f"(?:{'|'.join(names)})"}
     targets = config.target_modules
@@ -173,6 +184,6 @@ def _integer_alpha(alpha: float, place: str) -> int:
     return int(alpha)
 
 
-_EXPORTERS: dict[str, Callable[[Allocation, LoraConfig], str]] = {"csv": _csv, "axolotl": _axolotl, "peft": _peft}
+_EXPORTERS: dict[str, Callable[[Result, LoraConfig], str]] = {"csv": _csv, "axolotl": _axolotl, "peft": _peft}
 
 FORMATS = tuple(_EXPORTERS)

@@ -5,16 +5,18 @@ from os import PathLike
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
 from ..ranks.allocation import Allocation
+from ..ranks.compressed import Compression
 from ..ranks.layer_grid import LayerGrid, layer_grids
+from .picture import Picture, literal
+
+Result = Allocation | Compression
 
 # Lengths in inches, so that the size of a cell does not depend on the number of cells.
 _CELL_WIDTH, _CELL_HEIGHT = 0.52, 0.25
@@ -24,23 +26,19 @@ _TITLE_HEIGHT = 0.6
 _COLOR_BAR_GAP, _COLOR_BAR_WIDTH, _COLOR_BAR_HEIGHT = 0.35, 0.16, 3.0
 _MIN_COLOR_BAR_HEIGHT = 1.1
 _LEFT = 0.5
-_MARGIN = 0.2
 _FONT_SIZE, _TITLE_SIZE = 8.0, 11.0
 
-_DOTS_PER_INCH = 150
-# The renderer can draw up to 2**16 dots a side.
-_MAX_DOTS = 30_000
 # If the ratio of the largest to the smallest rank is at least this, equal steps of color are equal factors of rank.
 _LOGARITHMIC_FROM = 4
 _TICKS_PER_INCH = 2.5
 _COLOR_MAP = "viridis"
 
 
-def draw_rank_map(allocation: Allocation, path: str | PathLike[str]) -> None:
+def draw_rank_map(result: Result, path: str | PathLike[str]) -> None:
     """Draw the ranks: one panel for each stack of layers, with depth from top to bottom and one column for each kind.
 
     Args:
-        allocation: The allocation.
+        result: The allocation, or the compression, of which the ranks after it are drawn.
         path: The picture. Its suffix, such as `.png`, `.pdf` or `.svg`, determines the format.
 
     Raises:
@@ -48,15 +46,14 @@ def draw_rank_map(allocation: Allocation, path: str | PathLike[str]) -> None:
         ValueError: If there are no layers, if the table of their names is too large, or if the suffix is not a known
             format.
     """
-    grids = layer_grids(allocation.ranks)
+    rank_map_figure(result).write(path)
+
+
+def rank_map_figure(result: Result) -> Picture:
+    """The figure that `draw_rank_map` writes. Raises `ValueError` if there are no or too many cells."""
+    grids = layer_grids(result.ranks)
     if not grids:
-        raise ValueError("There is nothing to draw: the allocation has no layers.")
-    figure = _figure(grids, allocation)
-    dots = min(_DOTS_PER_INCH, _MAX_DOTS / max(figure.get_size_inches()))
-    figure.savefig(path, dpi=dots, bbox_inches="tight", pad_inches=_MARGIN, facecolor="white")
-
-
-def _figure(grids: Sequence[LayerGrid], allocation: Allocation) -> Figure:
+        raise ValueError("There is nothing to draw: there are no layers.")
     label_height = max(_text_width(kind) for grid in grids for kind in grid.kinds) + 0.1
     panel_height = max(max(len(grid.depths) for grid in grids) * _CELL_HEIGHT, _MIN_COLOR_BAR_HEIGHT)
     panel_widths = [_panel_width(grid) for grid in grids]
@@ -64,37 +61,29 @@ def _figure(grids: Sequence[LayerGrid], allocation: Allocation) -> Figure:
     top = _TITLE_HEIGHT + _PANEL_TITLE_HEIGHT + label_height
     height = top + panel_height + 0.4
 
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    norm = _norm(allocation)
+    picture = Picture(width, height)
+    norm = _norm(result)
     x = _LEFT
     for grid, panel_width in zip(grids, panel_widths, strict=True):
-        axes = _add_axes(figure, x, top, len(grid.kinds) * _CELL_WIDTH, len(grid.depths) * _CELL_HEIGHT)
-        _draw_cells(axes, grid, allocation, norm)
+        axes = picture.axes_at(x, top, len(grid.kinds) * _CELL_WIDTH, len(grid.depths) * _CELL_HEIGHT)
+        _draw_cells(axes, grid, result, norm)
         _label_panel(axes, grid)
         title_y = 1 - (_TITLE_HEIGHT + 0.12) / height
-        stack = _literal(grid.stack) or "other layers"
-        figure.text(x / width, title_y, stack, fontsize=_FONT_SIZE + 1, weight="bold", va="top")
+        stack = literal(grid.stack) or "other layers"
+        picture.text(x / width, title_y, stack, fontsize=_FONT_SIZE + 1, weight="bold", va="top")
         x += panel_width + _PANEL_GAP
     x += _COLOR_BAR_GAP - _PANEL_GAP
     bar_height = min(panel_height, _COLOR_BAR_HEIGHT)
-    bar_axes = _add_axes(figure, x, top, _COLOR_BAR_WIDTH, bar_height)
-    _draw_color_bar(bar_axes, norm, _ticks(norm, allocation, max_ticks=round(bar_height * _TICKS_PER_INCH)))
-    figure.text(_LEFT / width, 1, _title(allocation), fontsize=_TITLE_SIZE, va="top")
-    if notes := _notes(grids, allocation):
-        figure.text(_LEFT / width, 0.2 / height, notes, fontsize=_FONT_SIZE, color="0.35", va="top")
-    return figure
+    bar_axes = picture.axes_at(x, top, _COLOR_BAR_WIDTH, bar_height)
+    _draw_color_bar(bar_axes, norm, _ticks(norm, result, max_ticks=round(bar_height * _TICKS_PER_INCH)))
+    picture.text(_LEFT / width, 1, _title(result), fontsize=_TITLE_SIZE, va="top")
+    if notes := _notes(grids, result):
+        picture.text(_LEFT / width, 0.2 / height, notes, fontsize=_FONT_SIZE, color="0.35", va="top")
+    return picture
 
 
-def _add_axes(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
-    """Axes by their distance from the left and the top and their size, in inches."""
-    whole_width, whole_height = figure.get_size_inches()
-    bottom = whole_height - y - height
-    return figure.add_axes((x / whole_width, bottom / whole_height, width / whole_width, height / whole_height))
-
-
-def _draw_cells(axes: Axes, grid: LayerGrid, allocation: Allocation, norm: Normalize) -> None:
-    rank_at = {place: float(allocation.ranks[name]) for place, name in grid.cells.items()}
+def _draw_cells(axes: Axes, grid: LayerGrid, result: Result, norm: Normalize) -> None:
+    rank_at = {place: float(result.ranks[name]) for place, name in grid.cells.items()}
     ranks = np.array([[rank_at.get((depth, kind), np.nan) for kind in grid.kinds] for depth in grid.depths])
     axes.patch.set(facecolor="0.96", edgecolor="0.8", hatch="//////")
     # A logarithmic scale has no rank of 0: such cells stay white.
@@ -113,7 +102,7 @@ def _draw_cells(axes: Axes, grid: LayerGrid, allocation: Allocation, norm: Norma
 def _label_panel(axes: Axes, grid: LayerGrid) -> None:
     axes.invert_yaxis()
     axes.xaxis.tick_top()
-    kinds = [_literal(kind) for kind in grid.kinds]
+    kinds = [literal(kind) for kind in grid.kinds]
     axes.set_xticks(np.arange(len(grid.kinds)) + 0.5, kinds, rotation=90, fontsize=_FONT_SIZE)
     depths = ["–" if depth is None else str(depth) for depth in grid.depths]
     axes.set_yticks(np.arange(len(grid.depths)) + 0.5, depths, fontsize=_FONT_SIZE)
@@ -131,8 +120,8 @@ def _draw_color_bar(axes: Axes, norm: Normalize, ticks: Sequence[int]) -> None:
     bar.set_label("rank", fontsize=_FONT_SIZE + 1)
 
 
-def _norm(allocation: Allocation) -> Normalize:
-    smallest, largest = _rank_range(allocation)
+def _norm(result: Result) -> Normalize:
+    smallest, largest = _rank_range(result)
     if smallest == largest:
         return Normalize(smallest - 0.5, largest + 0.5)
     if largest >= _LOGARITHMIC_FROM * smallest:
@@ -140,34 +129,42 @@ def _norm(allocation: Allocation) -> Normalize:
     return Normalize(smallest, largest)
 
 
-def _ticks(norm: Normalize, allocation: Allocation, max_ticks: int) -> list[int]:
+def _ticks(norm: Normalize, result: Result, max_ticks: int) -> list[int]:
     """Integers from the smallest to the largest rank, evenly spread over the colors."""
-    smallest, largest = _rank_range(allocation)
+    smallest, largest = _rank_range(result)
     fractions = np.linspace(0, 1, max_ticks)
     spread = norm.inverse(fractions) if smallest < largest else fractions * 0 + smallest
     return sorted({round(float(tick)) for tick in spread})
 
 
-def _rank_range(allocation: Allocation) -> tuple[int, int]:
+def _rank_range(result: Result) -> tuple[int, int]:
     """Smallest and largest rank of the layers that have an adapter."""
-    ranks = [rank for rank in allocation.ranks.values() if rank > 0] or [1]
+    ranks = [rank for rank in result.ranks.values() if rank > 0] or [1]
     return min(ranks), max(ranks)
 
 
-def _title(allocation: Allocation) -> str:
+def _title(result: Result) -> str:
+    if isinstance(result, Compression):
+        kind, size = result.size
+        limit = "" if result.r_max is None else f", r_max = {result.r_max}"
+        return (
+            f"LoRA ranks after the compression, {kind} = {size:g}{limit}\n"
+            f"parameters: {result.num_parameters:,} of {result.num_parameters_before:,} kept ({result.share:.1%})\n"
+            f"{literal(result.criterion)}"
+        )
     return (
-        f"LoRA ranks from the eFIM, r = {allocation.r}\n"
-        f"budget: {allocation.budget_used:,} of {allocation.budget:,} {allocation.budget_unit}\n"
-        f"{allocation.num_batches:,} batches, {allocation.num_examples:,} examples"
+        f"LoRA ranks from the eFIM, r = {result.r}\n"
+        f"budget: {result.budget_used:,} of {result.budget:,} {result.budget_unit}\n"
+        f"{result.num_batches:,} batches, {result.num_examples:,} examples"
     )
 
 
-def _notes(grids: Sequence[LayerGrid], allocation: Allocation) -> str:
+def _notes(grids: Sequence[LayerGrid], result: Result) -> str:
     """The meaning of cells without a color; empty if all cells have one."""
     notes = []
     if any(len(grid.cells) < len(grid.depths) * len(grid.kinds) for grid in grids):
         notes.append("hatched: no such layer")
-    if allocation.dropped_layers:
+    if result.dropped_layers:
         notes.append("white: no adapter")
     return ", ".join(notes)
 
@@ -189,10 +186,5 @@ def _text_width(text: str, size: float = _FONT_SIZE, weight: str = "normal") -> 
     """Width in inches."""
     if not text:
         return 0.0
-    path = TextPath((0, 0), _literal(text), size=size, prop=FontProperties(weight=weight))
+    path = TextPath((0, 0), literal(text), size=size, prop=FontProperties(weight=weight))
     return float(path.get_extents().width) / 72
-
-
-def _literal(text: str) -> str:
-    """Escape the text for matplotlib, which would typeset a part between dollar signs as a formula."""
-    return text.replace("$", r"\$")

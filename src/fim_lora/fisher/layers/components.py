@@ -28,11 +28,13 @@ class ComponentMoments:
         inputs: `Σ h hᵀ` over positions (P × r × r), with `h = A x`.
         gradients: `Σ u uᵀ` over positions (P × r × r), with `u = s · Bᵀ g`.
         core_gradients: `Γ_t = Σ u hᵀ` over the positions of example t (B × P × r × r): the gradient of the core.
+        inputs_have_gradients: Whether `inputs` are computed from gradients, too, and depend on the scale of the loss.
     """
 
     inputs: Tensor
     gradients: Tensor
     core_gradients: Tensor
+    inputs_have_gradients: bool = False
 
 
 MeasureComponents = Callable[["AdaptedLayer", Sequence[LayerCall], int], ComponentMoments]
@@ -138,4 +140,4 @@ def moments_of_core_gradients(core_gradients: Tensor) -> ComponentMoments:
     """
     inputs = (core_gradients.mT @ core_gradients).sum(0)
     gradients = (core_gradients @ core_gradients.mT).sum(0)
-    return ComponentMoments(inputs, gradients, core_gradients)
+    return ComponentMoments(inputs, gradients, core_gradients, inputs_have_gradients=True)
