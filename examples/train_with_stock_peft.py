@@ -1,6 +1,6 @@
 """Train an adapter from `fim-lora allocate` with stock PEFT, without importing fim_lora.
 
-Usage: python examples/train_with_stock_peft.py ADAPTER_FOLDER DATA.jsonl
+Usage: python examples/train_with_stock_peft.py ADAPTER_FOLDER DATA.jsonl TRAINED_FOLDER
 """
 
 import json
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smollm2_path import smollm2_path
 
 STEPS, BATCH_SIZE, LENGTH, LEARNING_RATE = 16, 4, 128, 1e-3
-HELD_OUT = 16  # texts for the held-out loss
+HELD_OUT = 16  # texts at the end of the file, for the held-out loss
 
 
 def make_batch(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -34,12 +34,13 @@ def held_out_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
     return loss
 
 
-def main(adapter: Path, data: Path) -> None:
-    """Train a few steps and check that the loss on held-out texts falls.
+def main(adapter: Path, data: Path, trained: Path) -> None:
+    """Train a few steps, check that the loss on held-out texts falls, and save the trained adapter.
 
     Args:
         adapter: Folder with the `adapter_config.json`.
         data: JSONL file with a field `text` in each line.
+        trained: Folder for the trained adapter.
 
     Raises:
         SystemExit: If the loss did not fall, or if fim_lora was imported.
@@ -53,13 +54,13 @@ def main(adapter: Path, data: Path) -> None:
     model.print_trainable_parameters()
 
     texts = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
-    order = torch.randperm(len(texts)).tolist()
-    held_out = make_batch(tokenizer, [texts[row] for row in order[:HELD_OUT]])
+    order = torch.randperm(len(texts) - HELD_OUT).tolist()
+    held_out = make_batch(tokenizer, texts[-HELD_OUT:])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     before = held_out_loss(model, held_out)
     print(f"held-out loss before training {before:.3f}")
     for step in range(STEPS):
-        rows = order[HELD_OUT + step * BATCH_SIZE :][:BATCH_SIZE]
+        rows = order[step * BATCH_SIZE :][:BATCH_SIZE]
         loss = model(**make_batch(tokenizer, [texts[row] for row in rows])).loss
         loss.backward()
         optimizer.step()
@@ -74,7 +75,9 @@ def main(adapter: Path, data: Path) -> None:
         )
     if any(name.startswith("fim_lora") for name in sys.modules):
         raise SystemExit("fim_lora was imported, but this example must run with stock PEFT only.")
+    model.save_pretrained(str(trained))
+    print(f"trained adapter saved to {trained}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*(Path(argument) for argument in sys.argv[1:4]))

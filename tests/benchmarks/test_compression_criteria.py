@@ -88,7 +88,7 @@ def test_energy_is_the_rule_of_peft(measured):
 def result_of(seed, increases, whole=1.0):
     """Losses of two batches of one term each, in which every criterion adds the same increase to both."""
     criteria = {
-        name: {"seconds": 0.0, "sizes": {str(size): {"losses": [[whole + one, 1], [whole + one, 1]]} for size in SIZES}}
+        name: {"seconds": 0.0, "sizes": {str(size): {"losses": [[whole + one, 1]] * 2} for size in SIZES}}
         for name, one in increases.items()
     }
     run = {"task": "task", "r": 4, "learning_rate": 0.1, "seed": seed}

@@ -1,7 +1,7 @@
 import datasets
 import pytest
 
-from helpers.cli_inputs import allocate, save_bert, save_llama, texts, write_jsonl
+from helpers.cli_inputs import allocate, save_adapter, save_bert, save_llama, texts, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +38,15 @@ def allocated(llama, data, tmp_path_factory):
     assert allocate(llama, data, folder / "plain", "--target-modules", "all-linear") == 0
     assert allocate(llama, data, folder / "serving", "--target-modules", "all-linear", "--serving") == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(llama, tmp_path_factory):
+    """A trained adapter for `llama`, on all linear layers."""
+    return save_adapter(llama, tmp_path_factory.mktemp("adapter") / "trained")
+
+
+@pytest.fixture(scope="module")
+def classifier(bert, tmp_path_factory):
+    """A trained adapter for `bert`, with a head for three classes."""
+    return save_adapter(bert, tmp_path_factory.mktemp("classifier") / "trained", num_labels=3)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cli_inputs import OUR_FILES, save_llama, texts, write_jsonl
+from helpers.cli_inputs import COMPRESSED_FILES, OUR_FILES, save_adapter, save_llama, texts, write_jsonl
 
 # Seconds after which a process that does not end is a failure.
 TIME_LIMIT = 300
@@ -33,6 +33,23 @@ PHASES = {
     "drawing": ("fim_lora.cli.allocate", "draw_rank_map"),
     "printing": ("fim_lora.cli.allocate", "print_summary"),
 }
+COMPRESS_PHASES = {
+    "finding the adapter": ("fim_lora.cli.adapter_source", "read_lora_config"),
+    "reading the data": ("fim_lora.cli.compress_inputs", "load_data"),
+    "loading the model": ("fim_lora.cli.compress_inputs", "read_model"),
+    "loading the adapter": ("fim_lora.cli.trained_adapter", "_require_finite"),
+    "in the forward pass": ("fim_lora.fisher.calibration", "loss_of"),
+    "in the backward pass": ("fim_lora.spectrum", "gate_gradients"),
+    "measuring": ("fim_lora.fisher.evaluation", "loss_in"),
+    "truncating": ("fim_lora.compression", "truncate_adapter"),
+    "writing the weights": ("fim_lora.cli.trained_adapter", "load_file"),
+    "writing the result": ("fim_lora.ranks.compressed", "write_json"),
+    "drawing": ("fim_lora.cli.compress", "draw_size_curve"),
+    "printing": ("fim_lora.cli.compress", "print_summary"),
+}
+ALL_PHASES = [("allocate", *phase) for phase in PHASES.items()]
+ALL_PHASES += [("compress", *phase) for phase in COMPRESS_PHASES.items()]
+FILES = {"allocate": OUR_FILES, "compress": COMPRESSED_FILES}
 
 IMPORTING = """
 import sys, time
@@ -83,13 +100,15 @@ def environment(tmp_path_factory):
 
 def write_inputs(folder):
     data = write_jsonl(folder / "data.jsonl", [{"text": text} for text in texts(12)])
-    return save_llama(folder / "llama"), data
+    model = save_llama(folder / "llama")
+    return model, data, save_adapter(model, folder / "adapter")
 
 
-def arguments_for(inputs, output, *options):
-    model, data = inputs
+def arguments_for(inputs, output, *options, command="allocate"):
+    model, data, adapter = map(str, inputs)
+    first = [adapter, "--keep", "0.5", "--eval-data", data] if command == "compress" else ["--model", model]
     sizes = ["--batches", "2", "--batch-size", "2"]
-    return ["allocate", "--model", str(model), "--data", str(data), "--output", str(output), *sizes, *options]
+    return [command, *first, "--data", data, "--output", str(output), *sizes, *options]
 
 
 def previous_output(folder):
@@ -148,18 +167,20 @@ def test_an_interruption_while_importing(inputs, tmp_path, environment):
 
 def test_an_interruption_in_every_phase(inputs, tmp_path, environment):
     with started(RUNS, environment) as process:
-        for phase, place in PHASES.items():
-            new, old = tmp_path / phase, previous_output(tmp_path / f"{phase}, again")
+        for command, phase, place in ALL_PHASES:
+            new = tmp_path / f"{command}, {phase}"
+            old = previous_output(tmp_path / f"{command}, {phase}, again")
             for output in (new, old):
                 before = snapshot(tmp_path)
-                process.stdin.write(json.dumps([*place, arguments_for(inputs, output, "--overwrite")]) + "\n")
+                arguments = arguments_for(inputs, output, "--overwrite", command=command)
+                process.stdin.write(json.dumps([*place, arguments]) + "\n")
                 process.stdin.flush()
                 assert process.stdout.readline() == "here\n", phase
                 process.send_signal(signal.SIGINT)
                 result = json.loads(process.stdout.readline())
                 assert result == [130, "", "fim-lora: interrupted\n"], phase
                 if phase == "printing":  # all files are complete by then
-                    assert set(snapshot(output)) == {*OUR_FILES, *(["notes.txt"] if output == old else [])}
+                    assert set(snapshot(output)) == {*FILES[command], *(["notes.txt"] if output == old else [])}
                     assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "LORA"
                 else:
                     assert snapshot(tmp_path) == before, phase
@@ -171,23 +192,26 @@ def test_an_interruption_in_every_phase(inputs, tmp_path, environment):
 # from that of a full disk, but the error is raised by the same call, in the middle of a file.
 LIMITED = """
 import contextlib, io, json, resource, signal, sys
-import fim_lora.cli.app, fim_lora.cli.allocate as allocate
+import fim_lora.cli.app, fim_lora.cli.allocate as allocate, fim_lora.cli.compress as compress
 from fim_lora_command import main
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-write, infinity = allocate._write, resource.RLIM_INFINITY
+infinity = resource.RLIM_INFINITY
 
-for line in sys.stdin:
-    limit, arguments = json.loads(line)
-
-    def limited(*args):
+def limited(write):
+    def run(*args):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, infinity))
         try:
-            write(*args)
+            return write(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (infinity, infinity))
 
-    allocate._write = limited
+    return run
+
+allocate._write, compress._write = limited(allocate._write), limited(compress._write)
+
+for line in sys.stdin:
+    limit, arguments = json.loads(line)
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
         code = main(arguments)
@@ -198,9 +222,15 @@ for line in sys.stdin:
 def test_a_disk_that_gets_full_while_writing(inputs, tmp_path, environment):
     previous_output(tmp_path / "old")
     before = snapshot(tmp_path)
-    # The limits stop the run in the config, in the allocation and in the picture.
-    runs = [(limit, tmp_path / name) for limit in (0, 100, 2500, 8000) for name in ("old", "new")]
-    lines = [json.dumps([limit, arguments_for(inputs, output, "--overwrite")]) + "\n" for limit, output in runs]
+    # The limits stop the run in the first file, in one of the others, and in a picture.
+    limits = {"allocate": (0, 100, 2500, 8000), "compress": (0, 6000, 8000, 20_000)}
+    runs = [
+        (limit, arguments_for(inputs, tmp_path / name, "--overwrite", command=command))
+        for command in limits
+        for limit in limits[command]
+        for name in ("old", "new")
+    ]
+    lines = [json.dumps(one) + "\n" for one in runs]
     result = run(LIMITED, environment, input="".join(lines))
     results = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(results) == len(runs), result.stderr
@@ -216,24 +246,26 @@ COMMAND = "import sys; from fim_lora_command import main; sys.exit(main(sys.argv
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
-def test_standard_output_that_is_full(inputs, tmp_path, environment):
+@pytest.mark.parametrize("command", FILES)
+def test_standard_output_that_is_full(inputs, tmp_path, environment, command):
     with Path("/dev/full").open("w") as full:
-        result = run(COMMAND, environment, *arguments_for(inputs, tmp_path / "out"), stdout=full)
+        result = run(COMMAND, environment, *arguments_for(inputs, tmp_path / "out", command=command), stdout=full)
     # The files are written. Only the report could not be printed, and the exit code reports it.
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
     assert line.startswith("fim-lora: error: ")
     assert "No space left on device" in line
-    assert sorted(snapshot(tmp_path / "out")) == OUR_FILES
+    assert sorted(snapshot(tmp_path / "out")) == FILES[command]
 
 
 # Root may write everywhere, so the process changes to another user if the tests run as root.
 UNPRIVILEGED = """
 import os, sys
-import fim_lora.cli.app, fim_lora.cli.allocate as allocate
+import fim_lora.cli.app, fim_lora.cli.allocate, fim_lora.cli.compress
 from fim_lora_command import main
 
 place, when, *arguments = sys.argv[1:]
+module = getattr(fim_lora.cli, arguments[0])
 if os.geteuid() == 0:
     os.chown(place, 65534, 65534)
     os.setgroups([])
@@ -242,32 +274,33 @@ if os.geteuid() == 0:
 if when == "before":
     os.chmod(place, 0o555)
 else:
-    write = allocate._write
+    write = module._write
 
     def forbidden(*args):
         os.chmod(place, 0o555)
-        write(*args)
+        return write(*args)
 
-    allocate._write = forbidden
+    module._write = forbidden
 sys.exit(main(arguments))
 """
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_folder_that_cannot_be_written(exists, when):
+@pytest.mark.parametrize("command", FILES)
+def test_a_folder_that_cannot_be_written(command, exists, when):
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         root.chmod(0o755)
         inputs = write_inputs(root)
-        for file in inputs[0].iterdir():
+        for file in (*inputs[0].iterdir(), *inputs[2].iterdir()):
             file.chmod(0o644)
         place, cache = root / "place", root / "cache"
         place.mkdir()
         cache.mkdir()
         cache.chmod(0o777)
         home = {name: str(cache) for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR", "TMPDIR")}
-        arguments = arguments_for(inputs, place if exists else place / "out")
+        arguments = arguments_for(inputs, place if exists else place / "out", command=command)
         result = run(UNPRIVILEGED, os.environ | home | {"OMP_NUM_THREADS": "1"}, str(place), when, *arguments)
         assert (result.returncode, result.stdout) == (1, "")
         [line] = result.stderr.splitlines()

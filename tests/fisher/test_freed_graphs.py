@@ -14,13 +14,14 @@ class Node:
     """Lives as long as the node of the graph that holds it."""
 
 
-class Probe(torch.autograd.Function):
-    nodes: list[weakref.ref] = []
+NODES = []
 
+
+class Probe(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.node = Node()
-        Probe.nodes.append(weakref.ref(ctx.node))
+        NODES.append(weakref.ref(ctx.node))
         return x.clone()
 
     @staticmethod
@@ -40,14 +41,14 @@ class Probed(nn.Module):
 def test_a_calibration_frees_the_graph_of_every_batch():
     torch.manual_seed(0)
     model = get_peft_model(Probed(), LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
-    Probe.nodes.clear()
+    NODES.clear()
     batches = [{"x": torch.randn(3, 4)} for _ in range(4)]
     gc.collect()
     gc.disable()  # graphs have to be freed at once, not when the garbage collector happens to run
     try:
         get_lora_spectrum(model, batches, num_batches=4, show_progress_bar=False)
-        alive = sum(node() is not None for node in Probe.nodes)
+        alive = sum(node() is not None for node in NODES)
     finally:
         gc.enable()
-    assert len(Probe.nodes) == 4
+    assert len(NODES) == 4
     assert alive == 0

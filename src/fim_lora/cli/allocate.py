@@ -1,14 +1,9 @@
 """`fim-lora allocate`: from a model and data to an adapter config with its ranks."""
 
 import copy
-import platform
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +27,9 @@ from .models import (
     require_fitting_tokens,
 )
 from .output import OUTPUT_FILES, RANK_MAP, require_writable
+from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact
 from .summary import print_summary
 from .tokenization import Examples, tokenize
-
-_RECORDED_PACKAGES = ("fim-lora", "peft", "transformers", "torch", "datasets")
 
 
 @dataclass(frozen=True)
@@ -69,15 +63,15 @@ def allocate(options: AllocateOptions) -> None:
     require_writable(options.output, options.overwrite)
     source = find_model(options.model)
     config = copy.copy(options.lora_config)
-    seconds: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = {}
     with quiet_libraries(show_progress_bars):
-        with _timed(seconds, "loading"):
+        with timed(seconds, "loading"):
             data = load_data(options.data, options.split, options.subset, options.task, options.column_names)
             tokenizer = load_tokenizer(source)
-        with _timed(seconds, "tokenizing"):
+        with timed(seconds, "tokenizing"):
             count = config.fim_config.fim_calibration_batches * options.batch_size
             examples = tokenize(data, tokenizer, count, options.max_length, options.seed, show_progress_bars)
-        with _timed(seconds, "loading"):
+        with timed(seconds, "loading"):
             # A classification head starts at random values, on which the scores depend.
             torch.manual_seed(options.seed)
             labels, pad_token_id, device = data.label_names, tokenizer.pad_token_id, options.device
@@ -87,7 +81,7 @@ def allocate(options: AllocateOptions) -> None:
         config.base_model_name_or_path = model.name_or_path
         if config.target_modules is None:
             config.target_modules = default_target_modules(model)
-        with _timed(seconds, "calibrating"):
+        with timed(seconds, "calibrating"):
             batches = examples.batches(tokenizer, options.batch_size)
             scores = get_fim_scores(model, batches, config, show_progress_bar=show_progress_bars)
     allocation = RankAllocation.from_scores(scores, config)
@@ -107,14 +101,14 @@ def _write(
 
 def _provenance(options: AllocateOptions, source: ModelSource, model: Any, data: CalibrationData) -> dict[str, Any]:
     return {
-        "versions": {name: version(name) for name in _RECORDED_PACKAGES} | {"python": platform.python_version()},
+        "versions": recorded_versions(),
         "model": source.identity(model),
         "data": data.identity(),
         "task": options.task,
         "seed": options.seed,
         "max_length": options.max_length,
         "batch_size": options.batch_size,
-        "dtype": _dtype_name(model),
+        "dtype": dtype_name(model),
         "device": str(options.device),
     }
 
@@ -122,40 +116,11 @@ def _provenance(options: AllocateOptions, source: ModelSource, model: Any, data:
 def _facts(
     options: AllocateOptions, model: Any, data: CalibrationData, examples: Examples, seconds: Mapping[str, float]
 ) -> dict[str, str]:
-    columns = ", ".join(f"{role} = {column!r}" for role, column in data.columns.items())
-    contents = "text in blocks" if data.is_stream else f"{len(data.rows):,} rows, {columns}"
-    truncated = f"{examples.num_truncated} of {len(examples.examples)} examples to {options.max_length} tokens"
     return {
-        "Model": f"{options.model} ({type(model).__name__}, {_dtype_name(model)}, {options.device})",
-        "Data": f"{data.name}, split {data.split}: {contents}",
-        "Truncated": truncated,
+        "Model": f"{options.model} ({type(model).__name__}, {dtype_name(model)}, {options.device})",
+        "Data": data_fact(data),
+        "Truncated": truncation_fact(examples, options.max_length),
         "Time": ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items()),
-        "Peak memory": _peak_memory(options.device),
+        "Peak memory": peak_memory(options.device),
         "Written": f"{', '.join(OUTPUT_FILES)} in {options.output}",
     }
-
-
-def _dtype_name(model: Any) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the duration to the stage, which may have several parts."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] += time.perf_counter() - start
-
-
-def _peak_memory(device: torch.device) -> str:
-    peaks = []
-    with suppress(ImportError):
-        import resource  # does not exist on Windows
-
-        # macOS counts in bytes, other systems in kilobytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        peaks.append(f"{peak / 2**30:.2f} GiB in the process")
-    if device.type == "cuda":
-        peaks.append(f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
-    return ", ".join(peaks) or "unknown"

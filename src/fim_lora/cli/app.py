@@ -1,11 +1,11 @@
 """The commands and their options."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
-import torch
 import typer
 from peft import LoraConfig
 
@@ -15,20 +15,42 @@ from ..report.exports import FORMATS
 from ..report.rank_map import draw_rank_map
 from ..runtime.atomic import staged_files, write_text
 from .allocate import AllocateOptions, allocate
-from .data import ROLES
+from .compress import compress
+from .compress_inputs import CompressOptions
 from .errors import EXIT_INTERRUPTED, report_error, warnings_as_lines
 from .export import export_folder
 from .models import DTYPES, PEFT_TASK_TYPES, TASKS, Task
-from .output import RANK_MAP, read_allocation, require_writable_file
+from .options import (
+    DATA_HELP,
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_DTYPE,
+    DEFAULT_MAX_LENGTH,
+    DEFAULT_SPLIT,
+    DEFAULT_TASK,
+    SPLIT_HELP,
+    BatchSize,
+    Column,
+    Device,
+    Dtype,
+    MaxLength,
+    Output,
+    Overwrite,
+    Seed,
+    Split,
+    Subset,
+    column_names,
+    device_of,
+    require_choice,
+    wrong_usage,
+)
+from .output import RANK_MAP, read_result, require_writable_file
 from .summary import print_summary
 
 _REGEX_CHARACTERS = frozenset(r"\^$*+?{}[]()|")
-_COLUMN_HELP = f"Column of the {', '.join(ROLES[:-1])} or {ROLES[-1]}, if it has another name; repeatable."
-_DATA_HELP = "A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a dataset on the Hub."
 _FORMAT_HELP = "A table, the LoRA part of a config for axolotl, or PEFT's adapter_config.json."
 _SERVING_HELP = "Write r and lora_alpha for servers that read only these, such as vLLM: r is then the largest rank."
 
-_Folder = Annotated[Path, typer.Argument(help="Folder that fim-lora allocate wrote.", metavar="DIR")]
+_Folder = Annotated[Path, typer.Argument(help="Folder that fim-lora allocate or compress wrote.", metavar="DIR")]
 _Serving = Annotated[bool, typer.Option("--serving", help=_SERVING_HELP)]
 
 app = typer.Typer(
@@ -73,8 +95,8 @@ def _main(
 @app.command("allocate")
 def _allocate(
     model: Annotated[str, typer.Option(help="Hub id, folder or GGUF file of the model.", metavar="MODEL")],
-    data: Annotated[str, typer.Option(help=_DATA_HELP, metavar="DATA")],
-    output: Annotated[Path, typer.Option(help="Folder for the result.", metavar="DIR")],
+    data: Annotated[str, typer.Option(help=DATA_HELP, metavar="DATA")],
+    output: Output,
     r: Annotated[int, typer.Option("-r", help="Rank that uniform LoRA would use.", metavar="N", min=1)] = LoraConfig.r,
     r_min: Annotated[
         int, typer.Option(help="Smallest rank of a layer; with 0, a layer may get no adapter.", metavar="N", min=0)
@@ -105,31 +127,24 @@ def _allocate(
     batches: Annotated[
         int, typer.Option(help="Number of calibration batches.", metavar="N", min=1)
     ] = FimConfig.fim_calibration_batches,
-    batch_size: Annotated[int, typer.Option(help="Examples per batch.", metavar="N", min=1)] = 4,
-    max_length: Annotated[int, typer.Option(help="Maximum number of tokens per example.", metavar="N", min=2)] = 512,
-    task: Annotated[str, typer.Option(help="Task that the model is trained for.", metavar="|".join(TASKS))] = TASKS[0],
-    split: Annotated[
-        str, typer.Option(help="Split of the data, or a part of one, such as 'train[:1000]'.", metavar="NAME")
-    ] = "train",
-    subset: Annotated[
-        str | None, typer.Option(help="Configuration of a dataset on the Hub that has several.", metavar="NAME")
-    ] = None,
-    column: Annotated[list[str] | None, typer.Option(help=_COLUMN_HELP, metavar="ROLE=NAME")] = None,
-    dtype: Annotated[str, typer.Option(help="Precision of the model.", metavar="|".join(DTYPES))] = DTYPES[0],
-    device: Annotated[
-        str | None,
-        typer.Option(help="Device for calibration.", metavar="NAME", show_default="cuda if available, else cpu"),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed for drawing the examples.", metavar="N")] = 0,
+    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
+    max_length: MaxLength = DEFAULT_MAX_LENGTH,
+    task: Annotated[
+        str, typer.Option(help="Task that the model is trained for.", metavar="|".join(TASKS))
+    ] = DEFAULT_TASK,
+    split: Split = DEFAULT_SPLIT,
+    subset: Subset = None,
+    column: Column = None,
+    dtype: Dtype = DEFAULT_DTYPE,
+    device: Device = None,
+    seed: Seed = 0,
     serving: _Serving = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the files of an earlier run in the folder.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure how sensitive every layer is, and write a LoRA config with a rank for each."""
-    _require_choice("--budget", budget, BUDGETS)
-    _require_choice("--task", task, TASKS)
-    _require_choice("--dtype", dtype, DTYPES)
+    require_choice("--budget", budget, BUDGETS)
+    require_choice("--task", task, TASKS)
+    require_choice("--dtype", dtype, DTYPES)
     config = LoraConfig(
         r=r,
         lora_alpha=lora_alpha or r,
@@ -149,22 +164,117 @@ def _allocate(
         task=cast(Task, task),
         split=split,
         subset=subset,
-        column_names=_column_names(column or []),
+        column_names=column_names(column or []),
         dtype=dtype,
-        device=_device(device),
+        device=device_of(device),
         seed=seed,
         serving=serving,
     )
     allocate(options)
 
 
+@app.command("compress")
+def _compress(
+    adapter: Annotated[
+        str, typer.Argument(help="Folder of save_pretrained with a trained adapter, or its Hub id.", metavar="ADAPTER")
+    ],
+    output: Output,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, metavar="DATA")] = None,
+    without_data: Annotated[
+        bool, typer.Option("--without-data", help="Use only the weights: faster, but blind to the loss.")
+    ] = False,
+    keep: Annotated[
+        float | None, typer.Option(help="Size as a share of the adapter's parameters.", metavar="X", min=0, max=1)
+    ] = None,
+    r: Annotated[
+        int | None, typer.Option("-r", "--r", help="Size as the parameters of uniform rank N.", metavar="N", min=1)
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(help="Smallest adapter whose loss on --eval-data rises by at most X.", metavar="X", min=0),
+    ] = None,
+    r_max: Annotated[
+        int | None, typer.Option(help="Largest rank of a layer, such as max_lora_rank of vLLM.", metavar="N", min=1)
+    ] = None,
+    serving: Annotated[
+        bool, typer.Option("--serving", help="Give all layers one scaling, for servers that read no patterns.")
+    ] = False,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Data on which the loss is measured before and after.", metavar="DATA")
+    ] = None,
+    eval_split: Annotated[str, typer.Option(help=SPLIT_HELP, metavar="NAME")] = DEFAULT_SPLIT,
+    eval_batches: Annotated[
+        int | None, typer.Option(help="Batches of --eval-data.", metavar="N", show_default="all", min=1)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id, folder or GGUF file of the base model.",
+            metavar="MODEL",
+            show_default="the one ADAPTER names",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task of an adapter that does not state it.", metavar="|".join(TASKS), show_default="that of ADAPTER"
+        ),
+    ] = None,
+    batches: Annotated[
+        int | None,
+        typer.Option(help="Number of calibration batches.", metavar="N", show_default="until two halves agree", min=1),
+    ] = None,
+    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
+    max_length: MaxLength = DEFAULT_MAX_LENGTH,
+    split: Split = DEFAULT_SPLIT,
+    subset: Subset = None,
+    column: Column = None,
+    dtype: Dtype = DEFAULT_DTYPE,
+    device: Device = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Shrink a trained adapter with the least increase of the loss; the result is an ordinary adapter."""
+    require_choice("--dtype", dtype, DTYPES)
+    if task is not None:
+        require_choice("--task", task, TASKS)
+    if (data is None) != without_data:
+        raise wrong_usage("--data", "give either --data or --without-data.")
+    if max_loss_increase is not None and eval_data is None:
+        raise wrong_usage("--max-loss-increase", "the increase is measured: give --eval-data, too.")
+    options = CompressOptions(
+        adapter=adapter,
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        output=output,
+        overwrite=overwrite,
+        size=_size(keep, r, max_loss_increase),
+        r_max=r_max,
+        serving=serving,
+        batches=batches,
+        eval_batches=eval_batches,
+        batch_size=batch_size,
+        max_length=max_length,
+        task=cast(Task | None, task),
+        split=split,
+        eval_split=eval_split,
+        subset=subset,
+        column_names=column_names(column or []),
+        dtype=dtype,
+        device=device_of(device),
+        seed=seed,
+    )
+    compress(options)
+
+
 @app.command("show")
 def _show(folder: _Folder) -> None:
-    """Print the ranks of an allocation, and draw its rank map again."""
-    allocation = read_allocation(folder)
-    print_summary(allocation, {})
+    """Print the ranks of an allocation or a compression, and draw its rank map again."""
+    result = read_result(folder)
+    print_summary(result, {})
     with staged_files(folder) as stage:
-        draw_rank_map(allocation, stage / RANK_MAP)
+        draw_rank_map(result, stage / RANK_MAP)
 
 
 @app.command("export")
@@ -177,8 +287,8 @@ def _export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Write an allocation in the format of another tool."""
-    _require_choice("--format", file_format, FORMATS)
+    """Write the ranks of an allocation or a compression in the format of another tool."""
+    require_choice("--format", file_format, FORMATS)
     if output is not None:
         require_writable_file(output, overwrite)
     text = export_folder(folder, file_format, serving)
@@ -188,22 +298,25 @@ def _export(
         write_text(output, text, make_folders=True)
 
 
-def _require_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise _wrong_usage(option, f"{value!r} is not one of {', '.join(choices)}.")
-
-
-def _wrong_usage(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=f"'{option}'")
+def _size(keep: float | None, r: int | None, max_loss_increase: float | None) -> dict[str, Any]:
+    """The one size that is given, by the name of its argument."""
+    sizes: dict[str, Any] = {"keep": keep, "r": r, "max_loss_increase": max_loss_increase}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    if len(given) != 1:
+        raise wrong_usage("--keep", "give exactly one of --keep, --r and --max-loss-increase.")
+    [(name, value)] = given.items()
+    if not math.isfinite(value) or (name == "keep" and value == 0):
+        raise wrong_usage(f"--{name.replace('_', '-')}", f"{value} is not a size.")
+    return given
 
 
 def _fim_config(
     r: int, batches: int, r_min: int, r_max: int | None, budget: str, score_exponent: float, exact: bool
 ) -> FimConfig:
     if r_min > r:
-        raise _wrong_usage("--r-min", f"{r_min} is above -r {r}: give {r} or less.")
+        raise wrong_usage("--r-min", f"{r_min} is above -r {r}: give {r} or less.")
     if r_max is not None and r_max < r:
-        raise _wrong_usage("--r-max", f"{r_max} is below -r {r}: give {r} or more.")
+        raise wrong_usage("--r-max", f"{r_max} is below -r {r}: give {r} or more.")
     try:
         return FimConfig(
             fim_calibration_batches=batches,
@@ -225,32 +338,9 @@ def _target_modules(text: str | None) -> list[str] | str | None:
         try:
             re.compile(text)
         except re.error as error:
-            raise _wrong_usage("--target-modules", f"{text!r} is not a valid regular expression: {error}.") from error
+            raise wrong_usage("--target-modules", f"{text!r} is not a valid regular expression: {error}.") from error
         return text
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise _wrong_usage("--target-modules", f"{text!r} has an empty name: remove the extra comma.")
+        raise wrong_usage("--target-modules", f"{text!r} has an empty name: remove the extra comma.")
     return names
-
-
-def _column_names(assignments: Sequence[str]) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for assignment in assignments:
-        role, equals, name = assignment.partition("=")
-        if not equals or not name:
-            raise _wrong_usage("--column", f"{assignment!r} is not ROLE=NAME, such as text=sentence.")
-        _require_choice("--column", role, ROLES)
-        if role in names:
-            raise _wrong_usage("--column", f"{role} is given twice: give each role once.")
-        names[role] = name
-    return names
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        # Creating an empty tensor shows whether this build of torch and this computer have the device.
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise _wrong_usage("--device", f"{name!r} cannot be used: {error}") from error

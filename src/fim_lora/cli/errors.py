@@ -86,7 +86,7 @@ def _is_usage_error(error: BaseException) -> bool:
 def _description(error: BaseException) -> str:
     """The message in one line; with the type of the error if neither fim_lora nor a library raises it on purpose."""
     message = _shortened(str(error))
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "Out of memory: lower --batch-size or --max-length, or load the model with --dtype bfloat16."
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
@@ -95,7 +95,8 @@ def _description(error: BaseException) -> str:
     return f"Unexpected {type(error).__name__}: {message} (set {DEBUG_VARIABLE}=1 to see the traceback)"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the host or of the device was exhausted."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)

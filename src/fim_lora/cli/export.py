@@ -1,29 +1,67 @@
-"""`fim-lora export`: from the folder of an allocation to a file for another tool."""
+"""`fim-lora export`: from the folder of an allocation or a compression to a file for another tool."""
 
 import copy
+import math
 from pathlib import Path
 
 from peft import LoraConfig
 
+from ..compression import LoraCompression
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
+from ..ranks.compressed import COMPRESSION_FILE
 from ..report.exports import export
+from .adapter_config import read_lora_config
 from .errors import CommandError
-from .output import ADAPTER_CONFIG, read_allocation
+from .output import ADAPTER_CONFIG, read_result
 
 _RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+# Scalings closer than this count as equal.
+_SCALING_TOLERANCE = 1e-6
 
 
 def export_folder(folder: Path, file_format: str, serving: bool) -> str:
-    """Read the output folder of `fim-lora allocate` and return its allocation in one of the formats of `export`."""
-    allocation = read_allocation(folder)
-    config = _base_config(folder, allocation)
-    return export(allocation, allocation.to_lora_config(config, serving=serving), file_format)
+    """Read the output folder of `fim-lora allocate` or `compress`, and return it in one of the formats of `export`."""
+    result = read_result(folder)
+    if isinstance(result, LoraCompression):
+        config = _config_of_compression(folder, result)
+        if serving:
+            _require_one_scaling(folder, result)
+        return export(result, config, file_format)
+    config = _base_config(folder, result)
+    return export(result, result.to_lora_config(config, serving=serving), file_format)
+
+
+def _config_of_compression(folder: Path, compression: LoraCompression) -> LoraConfig:
+    """The config of the compressed adapter; patterns are compared as text, as in `_base_config`."""
+    config = read_lora_config(folder, "Run fim-lora compress again.")
+    if any(getattr(config, field) != getattr(compression, field) for field in (*_RANK_FIELDS, "use_rslora")):
+        raise CommandError(
+            f"{folder / ADAPTER_CONFIG} has other ranks or scalings than {folder / COMPRESSION_FILE}. "
+            "Run fim-lora compress again."
+        )
+    return config
+
+
+def _require_one_scaling(folder: Path, compression: LoraCompression) -> None:
+    """The global `r` and `lora_alpha` of a compression are right for all layers if these share one scaling."""
+    scalings = {
+        name: compression.alphas[name] / (math.sqrt(rank) if compression.use_rslora else rank)
+        for name, rank in compression.ranks.items()
+        if rank > 0
+    }
+    first, *others = scalings
+    for name in others:
+        if not math.isclose(scalings[name], scalings[first], rel_tol=_SCALING_TOLERANCE):
+            raise CommandError(
+                f"Layers {first!r} and {name!r} of {folder} have different scalings, which are part of the trained "
+                "weights: run fim-lora compress again with --serving."
+            )
 
 
 def _base_config(folder: Path, allocation: RankAllocation) -> LoraConfig:
     """The config that the ranks were allocated with, except for its patterns."""
-    written = _read_adapter_config(folder)
+    written = read_lora_config(folder, "Run fim-lora allocate again.")
     if written.use_rslora != allocation.use_rslora:
         raise _mismatch(folder)
     config = copy.copy(written)
@@ -34,20 +72,6 @@ def _base_config(folder: Path, allocation: RankAllocation) -> LoraConfig:
     expected = allocation.to_lora_config(config, serving=serving)
     if any(getattr(written, field) != getattr(expected, field) for field in _RANK_FIELDS):
         raise _mismatch(folder)
-    return config
-
-
-def _read_adapter_config(folder: Path) -> LoraConfig:
-    path = folder / ADAPTER_CONFIG
-    # PEFT would look for a missing file on the Hub.
-    if not path.is_file():
-        raise CommandError(f"{path}: no such file. Run fim-lora allocate again to write it.")
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CommandError(f"{path} cannot be read: {error}. Run fim-lora allocate again.") from error
-    if not isinstance(config, LoraConfig):
-        raise CommandError(f"{path} is not a LoRA config but {type(config).__name__}. Run fim-lora allocate again.")
     return config
 
 

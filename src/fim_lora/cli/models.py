@@ -12,6 +12,7 @@ import transformers
 from packaging.version import Version
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -33,16 +34,21 @@ _MAX_NAMES_SHOWN = 4
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from: `name` as given, `location` (Hub id or folder), and the GGUF file in it, if any."""
+    """Where a model comes from: `name` as given, `location` (Hub id or folder), and the GGUF file in it, if any.
+
+    `revision` is the version on the Hub, if a certain one is needed.
+    """
 
     name: str
     location: str
     gguf_file: str | None = None
+    revision: str | None = None
 
     @property
-    def pretrained_arguments(self) -> dict[str, str]:
-        """Keyword arguments of every `from_pretrained`."""
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+    def pretrained_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of every `from_pretrained`. Code that comes with a model is never run."""
+        optional = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {name: value for name, value in optional.items() if value is not None} | {"trust_remote_code": False}
 
     def identity(self, model: Any) -> dict[str, Any]:
         """JSON values that record which model was used; a GGUF file is read again for its hash."""
@@ -77,7 +83,7 @@ def looks_like_path(name: str) -> bool:
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer, ready to pad on the right."""
-    with _named_errors(source):
+    with named_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.pretrained_arguments)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise CommandError(f"{source.name} has no tokenizer: save one next to the model.")
@@ -92,6 +98,13 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def class_names(source: ModelSource) -> list[str]:
+    """Names of the outputs of the model's classification head, in their order; `LABEL_0` and so on by default."""
+    with named_errors(source):
+        config = AutoConfig.from_pretrained(source.location, **source.pretrained_arguments)
+    return [name for _, name in sorted(config.id2label.items())]
+
+
 def load_model(
     source: ModelSource,
     task: Task,
@@ -102,6 +115,18 @@ def load_model(
     show_progress_bar: bool,
 ) -> Any:
     """Load the model onto its device, with the classes `labels`, in the order of their ids, for `"seq-cls"`."""
+    model, missing = read_model(source, task, dtype, labels, show_progress_bar)
+    if missing:
+        warn(
+            f"{source.name} lacks {len(missing)} weights of this task, which start at random values: {named(missing)}."
+        )
+    return prepared_model(model, pad_token_id, device)
+
+
+def read_model(
+    source: ModelSource, task: Task, dtype: str, labels: Sequence[str], show_progress_bar: bool
+) -> tuple[Any, list[str]]:
+    """The model on the CPU, and the names of its weights that are not in the checkpoint and have random values."""
     arguments: dict[str, Any] = {
         **source.pretrained_arguments,
         _DTYPE_ARGUMENT: dtype if dtype == "auto" else getattr(torch, dtype),
@@ -114,15 +139,22 @@ def load_model(
         }
     model_class: Any = _MODEL_CLASSES[task]
     # No setting hides the progress bar of the conversion from GGUF.
-    with _named_errors(source), nullcontext() if show_progress_bar else redirect_stderr(StringIO()):
+    with named_errors(source), nullcontext() if show_progress_bar else redirect_stderr(StringIO()):
         model, loading = model_class.from_pretrained(source.location, output_loading_info=True, **arguments)
-    if missing := sorted(loading["missing_keys"]):
-        shown = ", ".join(missing[:_MAX_NAMES_SHOWN]) + (", …" if len(missing) > _MAX_NAMES_SHOWN else "")
-        warn(f"{source.name} lacks {len(missing)} weights of this task, which start at random values: {shown}.")
+    return model, sorted(loading["missing_keys"])
+
+
+def prepared_model(model: Any, pad_token_id: int | None, device: torch.device) -> Any:
+    """The model on its device, ready for batches that are padded with this token."""
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_token_id
     model.config.use_cache = False
     return model.to(device)
+
+
+def named(names: Sequence[str]) -> str:
+    """The first names of a list, for messages."""
+    return ", ".join(names[:_MAX_NAMES_SHOWN]) + (", …" if len(names) > _MAX_NAMES_SHOWN else "")
 
 
 def default_target_modules(model: Any) -> set[str] | str:
@@ -155,7 +187,7 @@ def require_fitting_tokens(model: Any, token_ids: Sequence[Sequence[int]]) -> No
 
 
 @contextmanager
-def _named_errors(source: ModelSource) -> Iterator[None]:
+def named_errors(source: ModelSource) -> Iterator[None]:
     """Name the model in errors, because the messages of transformers do not always name it."""
     try:
         yield

@@ -1,22 +1,33 @@
-"""Files of the output folder: where they may be written, and how an allocation is read again."""
+"""Files of the output folder: where they may be written, and how a result is read again."""
 
 import os
 from pathlib import Path
 
+from ..compression import LoraCompression
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
+from ..ranks.compressed import COMPRESSION_FILE
 from .errors import CommandError
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RANK_MAP = "rank_map.png"
+SIZE_CURVE = "size_curve.png"
 OUTPUT_FILES = (ADAPTER_CONFIG, ALLOCATION_FILE, RANK_MAP)
+COMPRESSED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPRESSION_FILE, SIZE_CURVE, RANK_MAP)
+
+Result = RankAllocation | LoraCompression
 
 
-def read_allocation(folder: Path) -> RankAllocation:
-    """The allocation in a folder that `fim-lora allocate` wrote."""
+def read_result(folder: Path) -> Result:
+    """What `fim-lora allocate` or `fim-lora compress` wrote; the compression, if the folder has both."""
+    if (folder / COMPRESSION_FILE).exists():
+        return LoraCompression.load(folder / COMPRESSION_FILE)
     path = folder / ALLOCATION_FILE
     if not path.exists():
-        raise CommandError(f"{path}: no such file. Give the folder that fim-lora allocate wrote as its --output.")
+        raise CommandError(
+            f"{path}: no such file. Give the folder that fim-lora allocate or fim-lora compress wrote as its --output."
+        )
     return RankAllocation.load(path)
 
 

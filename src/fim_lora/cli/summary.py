@@ -1,4 +1,4 @@
-"""The printed summary of an allocation."""
+"""The printed summary of an allocation or a compression."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..compression import LoraCompression
 from ..rank_allocation import RankAllocation
 from ..ranks.allocate import budget_of
 from ..ranks.layer_grid import LayerGrid, layer_grids
@@ -18,22 +19,32 @@ _NUM_EXTREMES = 5
 _WIDTH_WITHOUT_TERMINAL = 200
 
 
-def print_summary(allocation: RankAllocation, facts: dict[str, str]) -> None:
-    """Print budget, `facts` (heading to text), ranks, and the least and most sensitive layers."""
+def print_summary(
+    result: RankAllocation | LoraCompression, facts: Mapping[str, str], rows: Sequence[Sequence[str]] = ()
+) -> None:
+    """Print budget or size, `facts` (heading to text), ranks, and the least and most sensitive layers.
+
+    `rows` are added to the table of a compression, which has a column for before and one for after.
+    """
     console = Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
+    own_facts = _facts(result) if isinstance(result, RankAllocation) else _facts_of_compression(result)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for heading, text in (_facts(allocation) | facts).items():
+    for heading, text in {**own_facts, **facts}.items():
         table.add_row(heading, escape(text))
     console.print(table)
     console.print()
-    for grid in layer_grids(allocation.ranks):
+    if isinstance(result, LoraCompression):
+        headings, parameters, *others = result.rows()
+        console.print(_before_and_after([headings, parameters, *rows, *others]))
+    for grid in layer_grids(result.ranks):
         console.print(f"[bold]{escape(f'Ranks in {grid.stack}' if grid.stack else 'Ranks of other layers')}[/bold]")
-        console.print(_rank_table(grid, allocation.ranks))
-    for heading, names in _extremes(allocation).items():
-        console.print(f"[bold]{heading}[/bold]")
-        console.print(_sensitivity_table(names, allocation))
+        console.print(_rank_table(grid, result.ranks))
+    if isinstance(result, RankAllocation):
+        for heading, names in _extremes(result).items():
+            console.print(f"[bold]{heading}[/bold]")
+            console.print(_sensitivity_table(names, result))
 
 
 def _facts(allocation: RankAllocation) -> dict[str, str]:
@@ -46,6 +57,23 @@ def _facts(allocation: RankAllocation) -> dict[str, str]:
         "Adapter": f"{allocation.num_parameters:,} parameters (uniform: {uniform:,})",
         "eFIM": allocation.scores.measured,
     }
+
+
+def _facts_of_compression(compression: LoraCompression) -> dict[str, str]:
+    kind, size = compression.size
+    limit = "" if compression.r_max is None else f", r_max = {compression.r_max}"
+    return {"Size": f"{kind} = {size:g}{limit}", "Criterion": compression.criterion}
+
+
+def _before_and_after(rows: Sequence[Sequence[str]]) -> Table:
+    """The first row has the headings of the columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    headings, *others = rows
+    for number, heading in enumerate(headings):
+        table.add_column(escape(heading), justify="right" if number else "left", no_wrap=True)
+    for row in others:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _rank_table(grid: LayerGrid, ranks: Mapping[str, int]) -> Table:

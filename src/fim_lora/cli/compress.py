@@ -1,0 +1,181 @@
+"""`fim-lora compress`: from a trained adapter and data to a smaller adapter."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..compression import LoraCompression, compress_lora, measure_sizes
+from ..ranks.compressed import COMPRESSION_FILE
+from ..ranks.spectrum import SHOWN_SHARES
+from ..report.rank_map import draw_rank_map
+from ..report.size_curve import draw_size_curve
+from ..runtime.atomic import staged_files
+from ..spectrum import LoraSpectrum, get_lora_spectrum
+from .adapter_source import AdapterSource, find_adapter
+from .compress_inputs import CompressOptions, Inputs, load_adapted_model, read_inputs
+from .errors import CommandError, quiet_libraries, warn
+from .models import named
+from .output import ADAPTER_WEIGHTS, COMPRESSED_FILES, RANK_MAP, SIZE_CURVE, require_writable
+from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact
+from .summary import print_summary
+from .trained_adapter import save_adapter
+
+# Besides the chosen size, the loss is measured at this many sizes for the picture.
+_NUM_MEASURED_SIZES = 3
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The result, what it was chosen from, the loss at other sizes, and the loss on the calibration data."""
+
+    result: LoraCompression
+    spectrum: LoraSpectrum
+    measured: Sequence[tuple[int, float]]
+    calibration_loss: float | None
+
+
+class _LossMeter:
+    """A forward function that notes the loss of every batch."""
+
+    def __init__(self) -> None:
+        self._total, self._count = 0.0, 0
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        output = model(**batch)
+        loss, size = float(output.loss.detach()), len(batch["input_ids"])
+        if math.isfinite(loss):
+            self._total, self._count = self._total + loss * size, self._count + size
+        return output
+
+    @property
+    def mean(self) -> float | None:
+        """The mean over the examples so far."""
+        return self._total / self._count if self._count else None
+
+
+def compress(options: CompressOptions) -> None:
+    """Calibrate, compress, write the output folder and print the summary."""
+    show_progress_bar = sys.stderr.isatty()
+    require_writable(options.output, options.overwrite)
+    source = find_adapter(options.adapter)
+    if options.output.resolve() == source.folder.resolve():
+        raise CommandError(f"{options.output} is the adapter itself, which would be lost: give another --output.")
+    seconds: dict[str, float] = {}
+    bytes_before = source.weights_file.stat().st_size
+    with quiet_libraries(show_progress_bar):
+        inputs = read_inputs(options, source, seconds, show_progress_bar)
+        with timed(seconds, "loading"):
+            model = load_adapted_model(options, source, inputs, show_progress_bar)
+        outcome = _compressed(options, model, inputs, seconds, show_progress_bar)
+        provenance = _provenance(options, source, inputs, model)
+        bytes_after = _write(options, source, model, outcome, provenance)
+    _warn_of_order(inputs, outcome)
+    facts = _facts(options, source, inputs, model, seconds)
+    print_summary(outcome.result, facts, [["adapter file", _size(bytes_before), _size(bytes_after)]])
+
+
+def _compressed(
+    options: CompressOptions, model: Any, inputs: Inputs, seconds: dict[str, float], show_progress_bar: bool
+) -> _Outcome:
+    batches = None if inputs.calibration is None else inputs.calibration.batches
+    meter = _LossMeter()
+    with timed(seconds, "calibrating"):
+        spectrum = get_lora_spectrum(
+            model, batches, num_batches=options.batches, forward_fn=meter, show_progress_bar=show_progress_bar
+        )
+    eval_batches = None if inputs.evaluation is None else inputs.evaluation.batches
+    losses: list[tuple[int, float]] = []
+    with timed(seconds, "compressing" if eval_batches is None else "measuring and compressing"):
+        if eval_batches is not None:
+            sizes = _sizes_to_measure(options, spectrum)
+            losses = measure_sizes(
+                model, spectrum, sizes, eval_batches, r_max=options.r_max, show_progress_bar=show_progress_bar
+            )
+        result = compress_lora(
+            model,
+            spectrum,
+            **options.size,
+            eval_dataloader=eval_batches,
+            r_max=options.r_max,
+            serving=options.serving,
+            show_progress_bar=show_progress_bar,
+        )
+    before = result.loss_before or 0.0
+    return _Outcome(result, spectrum, [(parameters, loss - before) for parameters, loss in losses], meter.mean)
+
+
+def _sizes_to_measure(options: CompressOptions, spectrum: LoraSpectrum) -> list[int]:
+    """Parameters of adapters besides the chosen one, as far as the options tell its size."""
+    total = spectrum.num_parameters
+    uniform = sum(layer.parameters_per_rank for layer in spectrum.values())
+    chosen = options.size.get("keep", options.size.get("r", 0) * uniform / total)
+    shares = [share for share in SHOWN_SHARES if not math.isclose(share, chosen, rel_tol=0.1)]
+    return [int(share * total) for share in shares[:_NUM_MEASURED_SIZES]]
+
+
+def _write(
+    options: CompressOptions, source: AdapterSource, model: Any, outcome: _Outcome, provenance: Mapping[str, Any]
+) -> int:
+    """Write all files, and return the size of the new weights in bytes."""
+    with staged_files(options.output) as folder:
+        save_adapter(model, source, folder)
+        outcome.result.save(folder / COMPRESSION_FILE, **provenance)
+        curve = folder / SIZE_CURVE
+        draw_size_curve(outcome.spectrum, curve, chosen=outcome.result, measured=outcome.measured)
+        draw_rank_map(outcome.result, folder / RANK_MAP)
+        return (folder / ADAPTER_WEIGHTS).stat().st_size
+
+
+def _warn_of_order(inputs: Inputs, outcome: _Outcome) -> None:
+    """A classifier that is worse than guessing probably sees its classes in another order than in its training."""
+    loss, guessing = outcome.calibration_loss or outcome.result.loss_before, math.log(max(len(inputs.classes), 1))
+    if inputs.task == "seq-cls" and loss is not None and loss > guessing:
+        warn(
+            f"The adapter's loss before the compression is {loss:.3g}, more than the {guessing:.3g} of guessing. If "
+            f"its training had another order of the classes than {named(inputs.classes)}, replace the labels by "
+            "the numbers of its outputs, from 0, and compress again."
+        )
+
+
+def _provenance(options: CompressOptions, source: AdapterSource, inputs: Inputs, model: Any) -> dict[str, Any]:
+    calibration, evaluation = inputs.calibration, inputs.evaluation
+    return {
+        "versions": recorded_versions(),
+        "adapter": source.identity(),
+        "model": inputs.base.identity(model.get_base_model()),
+        "data": None if calibration is None else calibration.data.identity(),
+        "eval_data": None if evaluation is None else evaluation.data.identity(),
+        "task": inputs.task,
+        "classes": list(inputs.classes),
+        "seed": options.seed,
+        "max_length": options.max_length,
+        "batch_size": options.batch_size,
+        "dtype": dtype_name(model.get_base_model()),
+        "device": str(options.device),
+    }
+
+
+def _facts(
+    options: CompressOptions, source: AdapterSource, inputs: Inputs, model: Any, seconds: Mapping[str, float]
+) -> dict[str, str]:
+    base = model.get_base_model()
+    facts = {
+        "Adapter": source.name,
+        "Model": f"{inputs.base.name} ({type(base).__name__}, {dtype_name(base)}, {options.device})",
+    }
+    for heading, part in (("Data", inputs.calibration), ("Evaluation", inputs.evaluation)):
+        if part is not None:
+            facts[heading] = f"{data_fact(part.data)}; truncated {truncation_fact(part.examples, options.max_length)}"
+    if inputs.classes:
+        facts["Classes"] = f"{len(inputs.classes)}, in the order {named(inputs.classes)}"
+    return facts | {
+        "Time": ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items()),
+        "Peak memory": peak_memory(options.device),
+        "Written": f"{', '.join(COMPRESSED_FILES)} in {options.output}",
+    }
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.2f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.1f} kB"

@@ -1,0 +1,178 @@
+"""What `fim-lora compress` reads: the data, as batches with the classes of the adapter, and the adapted model."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..spectrum import MAX_BATCHES
+from .adapter_source import AdapterSource, task_of
+from .classes import with_classes
+from .data import CalibrationData, load_data
+from .errors import CommandError
+from .models import (
+    ModelSource,
+    Task,
+    class_names,
+    find_model,
+    load_tokenizer,
+    prepared_model,
+    read_model,
+    require_fitting_tokens,
+)
+from .run_facts import timed
+from .tokenization import Examples, tokenize
+from .trained_adapter import load_adapter
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """The options of `fim-lora compress`, checked as far as possible without reading the adapter or the data.
+
+    `data` is `None` for a compression without data. `size` has the one argument of `compress_lora` that gives the
+    size. `batches` is `None` for as many as are needed, `eval_batches` for all.
+    """
+
+    adapter: str
+    model: str | None
+    data: str | None
+    eval_data: str | None
+    output: Path
+    overwrite: bool
+    size: Mapping[str, Any]
+    r_max: int | None
+    serving: bool
+    batches: int | None
+    eval_batches: int | None
+    batch_size: int
+    max_length: int
+    task: Task | None
+    split: str
+    eval_split: str
+    subset: str | None
+    column_names: Mapping[str, str]
+    dtype: str
+    device: torch.device
+    seed: int
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Data, its tokenized examples, and the batches of these, which can be read several times."""
+
+    data: CalibrationData
+    examples: Examples
+    batches: Any
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is read before the model. `classes` names the outputs of a classifier, in their order."""
+
+    base: ModelSource
+    task: Task
+    classes: Sequence[str]
+    pad_token_id: int | None
+    calibration: Tokenized | None
+    evaluation: Tokenized | None
+
+
+def read_inputs(
+    options: CompressOptions, source: AdapterSource, seconds: dict[str, float], show_progress_bar: bool
+) -> Inputs:
+    """Read the data and the tokenizer."""
+    task = task_of(source, options.task)
+    with timed(seconds, "loading"):
+        base = _find_base(options, source)
+        data, evaluation = _load_data(options, task)
+        classes: Sequence[str] = ()
+        if task == "seq-cls":
+            data, evaluation, classes = _with_classes(source, base, data, evaluation)
+        tokenizer = None if data is evaluation is None else _load_tokenizer(source, base)
+
+    def tokenized(part: CalibrationData | None, num_batches: int | None) -> Tokenized | None:
+        if part is None or tokenizer is None:
+            return None
+        count = sys.maxsize if num_batches is None else num_batches * options.batch_size
+        examples = tokenize(part, tokenizer, count, options.max_length, options.seed, show_progress_bar)
+        return Tokenized(part, examples, examples.batches(tokenizer, options.batch_size))
+
+    with timed(seconds, "tokenizing"):
+        calibration = tokenized(data, options.batches or MAX_BATCHES)
+        measured = tokenized(evaluation, options.eval_batches)
+    pad_token_id = None if tokenizer is None else tokenizer.pad_token_id
+    return Inputs(base, task, classes, pad_token_id, calibration, measured)
+
+
+def load_adapted_model(
+    options: CompressOptions, source: AdapterSource, inputs: Inputs, show_progress_bar: bool
+) -> Any:
+    """Load the base model and the adapter on it."""
+    with _hint_at_base(source, inputs.base):
+        model, missing = read_model(inputs.base, inputs.task, options.dtype, inputs.classes, show_progress_bar)
+    model = prepared_model(model, inputs.pad_token_id, options.device)
+    for part in (inputs.calibration, inputs.evaluation):
+        if part is not None:
+            require_fitting_tokens(model, part.examples.token_ids)
+    return load_adapter(model, missing, source, inputs.task, options.device)
+
+
+def _find_base(options: CompressOptions, source: AdapterSource) -> ModelSource:
+    if options.model is not None:
+        return find_model(options.model)
+    name = source.config.base_model_name_or_path
+    if not isinstance(name, str) or not name:
+        raise CommandError(f"{source.name} does not name its base model: give it as --model.")
+    with _hint_at_base(source, ModelSource(name, name)):
+        base = find_model(name)
+    is_on_hub = not Path(base.location).exists()
+    return replace(base, revision=source.config.revision) if is_on_hub else base
+
+
+@contextmanager
+def _hint_at_base(source: AdapterSource, base: ModelSource) -> Iterator[None]:
+    """Explain errors of a base model that only the adapter names."""
+    try:
+        yield
+    except CommandError as error:
+        if base.name != source.config.base_model_name_or_path:
+            raise
+        raise CommandError(f"The base model that {source.name} names (give another as --model): {error}") from error
+
+
+def _load_data(options: CompressOptions, task: Task) -> tuple[CalibrationData | None, CalibrationData | None]:
+    def load(name: str | None, split: str) -> CalibrationData | None:
+        return None if name is None else load_data(name, split, options.subset, task, options.column_names)
+
+    return load(options.data, options.split), load(options.eval_data, options.eval_split)
+
+
+def _with_classes(
+    source: AdapterSource, base: ModelSource, data: CalibrationData | None, evaluation: CalibrationData | None
+) -> tuple[CalibrationData | None, CalibrationData | None, Sequence[str]]:
+    """Both with the same order of labels, and the names of the classes."""
+    with _hint_at_base(source, base):
+        names = class_names(base)
+    num_classes = source.num_classes or len(names)
+    if data is None:
+        evaluation = None if evaluation is None else with_classes(evaluation, num_classes, names)
+        labeled = evaluation
+    else:
+        labeled = data = with_classes(data, num_classes, names)
+        if evaluation is not None:
+            evaluation = replace(evaluation, labels=data.labels, label_names=data.label_names)
+    classes = [str(number) for number in range(num_classes)] if labeled is None else labeled.label_names
+    return data, evaluation, classes
+
+
+def _load_tokenizer(source: AdapterSource, base: ModelSource) -> PreTrainedTokenizerBase:
+    """The one that is saved with the adapter, as trainers do, or that of the base model."""
+    if source.has_tokenizer:
+        return load_tokenizer(ModelSource(source.name, str(source.folder)))
+    with _hint_at_base(source, base):
+        return load_tokenizer(base)
