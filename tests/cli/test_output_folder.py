@@ -24,6 +24,15 @@ def test_a_folder_with_something_in_it_needs_overwrite(llama, data, tmp_path, ca
     assert (out / "rank_map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_folder_of_another_command_is_refused_even_with_overwrite(llama, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "fim_compression.json").write_text("{}")
+    assert allocate(llama, data, out, "--overwrite") == 1
+    assert "fim_compression.json" in error_line(capsys)
+    assert files(out) == ["fim_compression.json"]
+
+
 def test_an_empty_folder_and_missing_parents_are_used(llama, data, tmp_path):
     (tmp_path / "empty").mkdir()
     assert allocate(llama, data, tmp_path / "empty") == 0

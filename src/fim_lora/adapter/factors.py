@@ -5,7 +5,6 @@ B_p (d_out × r), from a tensor of the shape of A or B, and how to write them. T
 to the state of an optimizer, which have the shapes of the weights.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,8 +148,10 @@ def gathered(layers: Sequence[LoraLayer], adapter_name: str) -> Iterator[None]:
     if not sharded:
         yield
         return
-    # Not PEFT's function, which does nothing unless transformers has configured DeepSpeed. The import takes seconds.
-    with importlib.import_module("deepspeed").zero.GatheredParameters(sharded):
+    # Not PEFT's function, which does nothing unless transformers has configured DeepSpeed.
+    import deepspeed  # optional, and slow to import
+
+    with deepspeed.zero.GatheredParameters(sharded):
         yield
 
 

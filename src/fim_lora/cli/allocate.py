@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
+from ..ranks.compressed import COMPRESSION_FILE
 from ..report.rank_map import draw_rank_map
 from ..runtime.atomic import staged_files
 from ..scoring import get_fim_scores
@@ -60,7 +61,7 @@ class AllocateOptions:
 def allocate(options: AllocateOptions) -> None:
     """Calibrate, allocate, write the output folder and print the summary."""
     show_progress_bars = sys.stderr.isatty()
-    require_writable(options.output, options.overwrite)
+    require_writable(options.output, options.overwrite, foreign=COMPRESSION_FILE)
     source = find_model(options.model)
     config = copy.copy(options.lora_config)
     seconds: dict[str, float] = {}

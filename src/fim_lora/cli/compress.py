@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compression import LoraCompression, compress_lora, measure_sizes
+from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
 from ..ranks.spectrum import SHOWN_SHARES
 from ..report.rank_map import draw_rank_map
@@ -58,7 +59,7 @@ class _LossMeter:
 def compress(options: CompressOptions) -> None:
     """Calibrate, compress, write the output folder and print the summary."""
     show_progress_bar = sys.stderr.isatty()
-    require_writable(options.output, options.overwrite)
+    require_writable(options.output, options.overwrite, foreign=ALLOCATION_FILE)
     source = find_adapter(options.adapter)
     if options.output.resolve() == source.folder.resolve():
         raise CommandError(f"{options.output} is the adapter itself, which would be lost: give another --output.")

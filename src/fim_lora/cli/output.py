@@ -31,14 +31,19 @@ def read_result(folder: Path) -> Result:
     return RankAllocation.load(path)
 
 
-def require_writable(folder: Path, overwrite: bool) -> None:
-    """Reject an output folder that could not be written at the end, or that has files in it, unless `overwrite`."""
+def require_writable(folder: Path, overwrite: bool, foreign: str) -> None:
+    """Reject an output folder that could not be written at the end, or that has files in it, unless `overwrite`.
+
+    `foreign` names the file of another command, whose result would become stale in the folder.
+    """
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"{folder} exists and is not a folder: give another --output.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise CommandError(
             f"{folder} is not empty: give another --output, or --overwrite to replace the files of an earlier run."
         )
+    if (folder / foreign).exists():
+        raise CommandError(f"{folder} has the result of another command, {foreign}: give another --output.")
     _require_writable_parent(folder)
 
 

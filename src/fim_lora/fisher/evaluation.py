@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def mean_loss(
         if counts:
             total, terms = total + loss * size, terms + size
 
-    with eval_mode(model), torch.no_grad(), tqdm(desc="loss", unit="batch", disable=not show_progress_bar) as progress:
+    length = length_hint(dataloader) or None  # a dataloader over a stream has no length
+    progress_bar = tqdm(total=length, desc="loss", unit="batch", disable=not show_progress_bar)
+    with eval_mode(model), torch.no_grad(), progress_bar as progress:
         for batch, is_own in batches_in_lockstep(dataloader, None, with_stand_ins=in_lockstep):
             if in_lockstep:
                 run(batch, is_own)

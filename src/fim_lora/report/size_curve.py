@@ -10,6 +10,7 @@ from matplotlib.ticker import NullFormatter, NullLocator
 
 from ..ranks.compressed import Compression
 from ..ranks.spectrum import Prediction, Spectrum, format_prediction
+from ..ranks.truncation import by_layer, keep_within
 from .picture import Picture, literal
 
 # A measured loss: the parameters of the adapter, and the increase of the loss in units of the loss.
@@ -93,7 +94,9 @@ def size_curve_figure(
 
 def _points(spectrum: Spectrum, chosen: Compression | None, measured: Sequence[Measured]) -> list[_Point]:
     """Sizes with equal ratios between them, as far as the numbers of components allow."""
-    r_max = None if chosen is None else chosen.r_max
+    # `Spectrum.keep` would sort all components again for every size.
+    order, costs, names = spectrum.order(), spectrum.costs, list(spectrum)
+    maximum = spectrum.max_components(None if chosen is None else chosen.r_max)
     sizes = [parameters for parameters, _ in measured] + ([] if chosen is None else [chosen.num_parameters])
     total = spectrum.num_parameters
     smallest = min([total * _SMALLEST_SHARE, *(size * 0.8 for size in sizes if size > 0)])
@@ -101,7 +104,7 @@ def _points(spectrum: Spectrum, chosen: Compression | None, measured: Sequence[M
     norm = sum(float(layer.squared_norms.sum(dtype=np.float64)) for layer in spectrum.values())
     points: dict[int, _Point] = {}
     for budget in sorted(budgets):
-        kept = spectrum.keep(budget, r_max=r_max)
+        kept = by_layer(keep_within(order, costs, budget, maximum), names)
         used = spectrum.parameters_of(kept)
         if used > 0:
             kept_norm = sum(
