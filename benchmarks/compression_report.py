@@ -52,7 +52,8 @@ def summary(results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: st
 def _task_summary(
     results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: str, reference: str
 ) -> dict[str, Any]:
-    criteria = list(results[0]["criteria"])
+    # Criteria that were left out for some adapters cannot be compared over all of them.
+    criteria = [name for name in results[0]["criteria"] if all(name in result["criteria"] for result in results)]
     increases: dict[str, dict[str, Any]] = {criterion: {} for criterion in criteria}
     ratios: dict[str, Any] = {}
     ratio_draws: dict[str, Floats] = {}
