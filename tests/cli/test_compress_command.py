@@ -1,5 +1,6 @@
 """`fim-lora compress`: what it writes and prints, and that stock PEFT agrees."""
 
+import functools
 import json
 import shutil
 
@@ -52,7 +53,13 @@ STOCK_LOSS = """
 def stock_loss(model, adapter, rows, **options):
     """The loss, and layer name to rank and scaling, in stock PEFT."""
     code = STOCK_LOSS.format(model=str(model), adapter=str(adapter), rows=rows, options=options)
-    return json.loads(stock(code).stdout)
+    return json.loads(stock_output(code))
+
+
+@functools.cache
+def stock_output(code):
+    """What the code prints. The same adapter is measured once, because each process takes seconds."""
+    return stock(code).stdout
 
 
 def result_of(folder):
