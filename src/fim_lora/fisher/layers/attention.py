@@ -13,7 +13,7 @@ from ...runtime.offloading import onloaded
 from ..gradients.norms import squared_norms
 from .attribution import UnattributableError, by_leading_dimension, concatenate_calls, flatten_positions
 from .call import LayerCall
-from .components import AdaptedLayer, ComponentMoments, moments_of_core_gradients, register_component_type
+from .components import AdaptedLayer, ComponentMoments, moments_of_core_gradients, register_component_type, whole_layer
 from .registry import TargetLayer, WeightShape, base_layer_of, register_layer_type
 
 _SIGNATURE = inspect.signature(nn.MultiheadAttention.forward)
@@ -44,11 +44,7 @@ def measure_attention(target: TargetLayer, calls: Sequence[LayerCall], batch_siz
     return torch.stack(norms).sum(0)
 
 
-def _itself(layer: Any, adapter_name: str) -> Any:
-    return layer
-
-
-@register_component_type("peft.tuners.lora.layer.MultiheadAttention", observed="call", module=_itself)
+@register_component_type("peft.tuners.lora.layer.MultiheadAttention", observed="call", module=whole_layer)
 def measure_attention_components(
     target: AdaptedLayer, calls: Sequence[LayerCall], batch_size: int
 ) -> ComponentMoments:

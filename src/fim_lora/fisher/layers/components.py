@@ -77,6 +77,16 @@ class AdaptedLayer(TargetLayer):
         return base_layer_of(self.lora)
 
 
+def a_of(layer: Any, adapter_name: str) -> Any:
+    """`ComponentType.module` of layers that call their A as a module."""
+    return layer.lora_A[adapter_name]
+
+
+def whole_layer(layer: Any, adapter_name: str) -> Any:
+    """`ComponentType.module` of layers that are run again."""
+    return layer
+
+
 _COMPONENT_TYPES: dict[str, ComponentType] = {}
 
 

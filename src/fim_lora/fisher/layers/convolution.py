@@ -13,7 +13,7 @@ from ..gradients.entries import accumulator
 from ..gradients.products import compute_dtype, without_autocast
 from .attribution import by_leading_dimension
 from .call import LayerCall
-from .components import AdaptedLayer, ComponentMoments, moments_of_positions, register_component_type
+from .components import AdaptedLayer, ComponentMoments, a_of, moments_of_positions, register_component_type
 from .entries_registry import register_entries
 from .registry import TargetLayer, WeightShape, base_layer_of, register_layer_type
 
@@ -76,11 +76,7 @@ def _images_by_example(call: LayerCall, num_dimensions: int, batch_size: int) ->
     return x.reshape(batch_size, -1, *x.shape[image:]), g.reshape(batch_size, -1, *g.shape[image:])
 
 
-def _a_of(layer: Any, adapter_name: str) -> Any:
-    return layer.lora_A[adapter_name]
-
-
-@register_component_type("peft.tuners.lora.layer._ConvNd", observed="output", module=_a_of)
+@register_component_type("peft.tuners.lora.layer._ConvNd", observed="output", module=a_of)
 def measure_convolution_components(
     target: AdaptedLayer, calls: Sequence[LayerCall], batch_size: int
 ) -> ComponentMoments:

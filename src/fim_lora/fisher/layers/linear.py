@@ -10,7 +10,7 @@ from ..gradients.entries import add_squared_entries
 from ..gradients.norms import squared_norms
 from .attribution import by_example, concatenate_calls, flatten_positions
 from .call import LayerCall
-from .components import AdaptedLayer, ComponentMoments, moments_of_positions, register_component_type
+from .components import AdaptedLayer, ComponentMoments, a_of, moments_of_positions, register_component_type
 from .entries_registry import register_entries
 from .registry import TENSOR_PARALLELISM, TargetLayer, WeightShape, base_layer_of, register_layer_type
 
@@ -47,14 +47,10 @@ def measure_linear(target: TargetLayer, calls: Sequence[LayerCall], batch_size: 
     return squared_norms(x, g, sketch=calls[0].sketch)
 
 
-def _a_of(layer: Any, adapter_name: str) -> Any:
-    return layer.lora_A[adapter_name]
-
-
 @register_component_type(
     "peft.tuners.lora.layer.LoraLayer",  # every layer that calls its A and has no type of its own
     observed="output",
-    module=_a_of,
+    module=a_of,
 )
 def measure_linear_components(target: AdaptedLayer, calls: Sequence[LayerCall], batch_size: int) -> ComponentMoments:
     """Moments of one part, from the outputs h of A and their gradients u (B × … × r). May raise `UnattributableError`.

@@ -11,7 +11,7 @@ from ...runtime.flags import requires_grad_restored
 from ...runtime.offloading import onloaded
 from .attribution import UnattributableError
 from .call import LayerCall
-from .components import AdaptedLayer, ComponentMoments, moments_of_core_gradients, register_component_type
+from .components import AdaptedLayer, ComponentMoments, moments_of_core_gradients, register_component_type, whole_layer
 from .registry import TargetLayer, WeightShape, register_layer_type
 
 # Largest difference between the outputs of the two runs of a layer, relative to the norm. It is far above the
@@ -47,11 +47,7 @@ def measure_parameter(target: TargetLayer, calls: Sequence[LayerCall], batch_siz
         return torch.stack(norms)
 
 
-def _itself(layer: Any, adapter_name: str) -> Any:
-    return layer
-
-
-@register_component_type("peft.tuners.lora.layer.ParamWrapper", observed="all outputs", module=_itself)
+@register_component_type("peft.tuners.lora.layer.ParamWrapper", observed="all outputs", module=whole_layer)
 def measure_parameter_components(
     target: AdaptedLayer, calls: Sequence[LayerCall], batch_size: int
 ) -> ComponentMoments:
