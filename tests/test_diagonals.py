@@ -23,7 +23,7 @@ from helpers.adapters import fim_model, hooks_of, logits, randomize
 from helpers.diagonals import assert_diagonals, diagonals_of_batches, diagonals_of_examples
 from helpers.single_layers import by_row, under_autocast
 from helpers.tiny_models import bert, class_batch, gpt2, llama, lm_batches, names_of, t5, token_batch
-from helpers.torchrun import NUM_PROCESSES, torchrun
+from helpers.torchrun import NUM_PROCESSES, results_of
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -234,10 +234,7 @@ def test_neither_a_call_nor_an_exception_leaves_a_trace():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    finished = torchrun("helpers.diagonals_in_processes", str(folder))
-    assert finished.returncode == 0, finished.stderr
-    return folder
+    return results_of("helpers.diagonals_in_processes", tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("kind", diagonals_in_processes.WRAPPERS)

@@ -1,7 +1,6 @@
 """Spectra and truncations in two processes against one process over all data."""
 
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +13,13 @@ from helpers import spectra_in_processes
 from helpers.every_layer_type import batches, every_type
 from helpers.several_processes import ALL, EVEN
 from helpers.spectra_in_processes import SHARDED_TYPES, adapter, spectrum, weights
-from helpers.torchrun import NUM_PROCESSES, torchrun
+from helpers.torchrun import outcome, results_of
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The folder with the results of all cases and processes. The cases share one start, because it takes seconds."""
-    folder = tmp_path_factory.mktemp("processes")
-    finished = torchrun("helpers.spectra_in_processes", str(folder))
-    assert finished.returncode == 0, finished.stderr
-    return folder
-
-
-def outcome(results, case):
-    answers = [json.loads((results / f"{case}-{rank}.json").read_text()) for rank in range(NUM_PROCESSES)]
-    for answer in answers:
-        assert "error" not in answer, answer["error"]
-    return [answer["result"] for answer in answers]
+    return results_of("helpers.spectra_in_processes", tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")

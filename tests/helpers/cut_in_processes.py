@@ -1,12 +1,8 @@
 """What `test_callback_in_processes.py` and `test_data_parallel.py` run with torchrun, in every process."""
 
-import json
-import os
 import sys
 import tempfile
-import traceback
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fim_lora import FimCompressionCallback
 from fim_lora.runtime.data_parallel import DataParallelFinder, rebuild_reducer
 from helpers.tiny_models import llama, token_batch
+from helpers.torchrun import run_cases
 from helpers.wide_trainers import CUT, adapter_weights, compressed_on, trainer_of, wide_model
 
 # Each process has its share, of examples of one length: the mean over processes is that over all examples.
@@ -127,19 +124,8 @@ def wrapped_again(rank):
 
 def main(folder, *cases):
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
     warnings.simplefilter("ignore")
-    for name in cases:
-        try:
-            result = {"result": CASES[name](rank)}
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        Path(folder, f"{name}-{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
-    # All results are written. On a busy machine, PyTorch's own threads may abort the interpreter while it shuts down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    run_cases(folder, {name: CASES[name] for name in cases})
 
 
 if __name__ == "__main__":

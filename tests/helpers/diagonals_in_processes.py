@@ -1,6 +1,5 @@
 """What `test_diagonals.py` runs with torchrun: every case in every process. The results go to files."""
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fim_lora import get_fim_diagonals
 from fim_lora.fisher import diagonal
 from helpers.single_layers import WIDTH, batches_of, floats
+from helpers.torchrun import end_process
 
 # Unequal sizes and unequal numbers. The first process has more.
 BATCHES = [batch for size in (3, 4, 2, 1) for batch in batches_of(floats(5, WIDTH), batch_size=size, count=1)]
@@ -68,11 +68,7 @@ def main(folder):
         for kind, wrap in WRAPPERS.items():
             diagonals_of(wrap(Model().double()), shares[rank]).save(Path(folder, f"{name} {kind} {rank}"))
     Path(folder, f"error {rank}").write_text(str(error_of_different_names(rank)))
-    dist.destroy_process_group()
-    # All results are written. On a busy machine, PyTorch's own threads may abort the interpreter while it shuts down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end_process()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """What `test_distributed.py` runs with torchrun: every case in every process. The results go to files."""
 
-import json
-import os
 import sys
 import tempfile
-import traceback
 import warnings
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from fim_lora import FimConfig, RankAllocation, get_fim_scores, initialize_lora_
 from helpers.mixtures import Experts, Router
 from helpers.single_layers import WIDTH
 from helpers.tiny_models import llama, token_batch
+from helpers.torchrun import run_cases
 from helpers.trainers import allocate, sft_trainer
 
 # Unequal sizes and unequal numbers. The first process has more.
@@ -394,18 +392,7 @@ def main(argument):
     if argument == "--failing-inside-fsdp2":
         failing_inside_fsdp2(rank)
         return
-    folder = argument
-    for name, function in CASES.items():
-        try:
-            result = {"result": function(rank)}
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        Path(folder, f"{name}-{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
-    # All results are written. On a busy machine, PyTorch's own threads may abort the interpreter while it shuts down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    run_cases(argument, CASES)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,7 @@
 """What `test_spectrum_distributed.py` runs with torchrun: every case in every process. The results go to files."""
 
-import json
-import os
 import sys
-import traceback
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,8 +11,18 @@ from torch.nn.parallel import DistributedDataParallel
 from fim_lora import compress_lora, get_lora_spectrum
 from fim_lora.fisher.evaluation import mean_loss
 from helpers.every_layer_type import batches, every_type
-from helpers.several_processes import ALL, EVEN, ONE_HAS_NONE, SHARES, error_of, sharded
+from helpers.several_processes import (
+    ALL,
+    EVEN,
+    ONE_HAS_NONE,
+    SHARES,
+    breaking,
+    error_of,
+    loss_that_fails_once,
+    sharded,
+)
 from helpers.tiny_models import llama
+from helpers.torchrun import run_cases
 from helpers.trained_adapters import trained
 
 CASES = {}
@@ -130,22 +136,6 @@ def sharded_adapters(rank):
     }
 
 
-def breaking(data, rank):
-    yield data[0]
-    if rank == 1:
-        raise OSError("the disk of process 1 is gone")
-    yield from data[1:]
-
-
-def failing(rank):
-    def forward(model, batch):
-        if rank == 1:
-            raise torch.OutOfMemoryError("out of memory in process 1")
-        return model(**batch)
-
-    return forward
-
-
 @case
 def failures(rank):
     model = adapter()
@@ -157,11 +147,18 @@ def failures(rank):
     )
     errors = [
         error_of(lambda: spectrum(model, breaking(ALL, rank))),
-        error_of(lambda: get_lora_spectrum(model, EVEN[rank], num_batches=2, forward_fn=failing(rank), **quiet)),
+        error_of(
+            lambda: get_lora_spectrum(model, EVEN[rank], num_batches=2, forward_fn=loss_that_fails_once(rank), **quiet)
+        ),
         error_of(broken),
         error_of(
             lambda: compress_lora(
-                model, found, max_loss_increase=0.1, eval_dataloader=ALL, forward_fn=failing(rank), **quiet
+                model,
+                found,
+                max_loss_increase=0.1,
+                eval_dataloader=ALL,
+                forward_fn=loss_that_fails_once(rank),
+                **quiet,
             )
         ),
     ]
@@ -177,18 +174,7 @@ def failures(rank):
 
 def main(folder):
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    for name, function in CASES.items():
-        try:
-            result = {"result": function(rank)}
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        Path(folder, f"{name}-{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
-    # All results are written. On a busy machine, PyTorch's own threads may abort the interpreter while it shuts down.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    run_cases(folder, CASES)
 
 
 if __name__ == "__main__":

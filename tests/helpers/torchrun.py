@@ -1,11 +1,14 @@
 """Starts a helper module in several processes, and compares the scores that the processes return."""
 
+import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 TESTS = Path(__file__).parents[1]
 NUM_PROCESSES = 2
@@ -31,6 +34,47 @@ def torchrun(module, *arguments, timeout=300):
         timeout=timeout,
         check=False,
     )
+
+
+def run_cases(folder, cases):
+    """In each process: writes the result or the error of every case to a file, and ends the process.
+
+    `cases` maps names to functions of the number of the process.
+    """
+    rank = dist.get_rank()
+    for name, function in cases.items():
+        try:
+            result = {"result": function(rank)}
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        Path(folder, f"{name}-{rank}.json").write_text(json.dumps(result))
+    end_process()
+
+
+def end_process():
+    """Ends the process after all results are written.
+
+    On a busy machine, PyTorch's own threads may abort the interpreter while it shuts down.
+    """
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def results_of(module, folder, *arguments):
+    """The folder with the results of a helper module."""
+    finished = torchrun(module, str(folder), *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def outcome(folder, case):
+    """The results of a case in all processes, as `run_cases` wrote them."""
+    answers = [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in range(NUM_PROCESSES)]
+    for answer in answers:
+        assert "error" not in answer, answer["error"]
+    return [answer["result"] for answer in answers]
 
 
 def assert_same_scores(found, expected, relative=1e-9):

@@ -1,7 +1,5 @@
 """The gradients of `DistributedDataParallel` in two processes, after the parameters inside changed their shapes."""
 
-import json
-
 import pytest
 import torch
 
@@ -12,16 +10,13 @@ from helpers.cut_in_processes import (
     gradients_after_the_cut,
     joined,
 )
-from helpers.torchrun import NUM_PROCESSES, torchrun
+from helpers.torchrun import outcome, results_of
 from helpers.wide_trainers import compressed_on
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    finished = torchrun("helpers.cut_in_processes", str(folder), "gradients", "wrapped_again")
-    assert finished.returncode == 0, finished.stderr
-    return folder
+    return results_of("helpers.cut_in_processes", tmp_path_factory.mktemp("processes"), "gradients", "wrapped_again")
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +26,6 @@ def expected():
     compression = compressed_on(model, [joined(0)], r=1)
     assert compression.dropped_layers
     return gradients_after_the_cut(model, model, [joined(index) for index in range(len(SHARES[0]))])
-
-
-def outcomes(folder, case):
-    answers = [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in range(NUM_PROCESSES)]
-    for answer in answers:
-        assert "error" not in answer, answer["error"]
-    return [answer["result"] for answer in answers]
 
 
 def assert_same_gradients(found, expected, tolerance):
@@ -50,13 +38,13 @@ def assert_same_gradients(found, expected, tolerance):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rebuilt_reducer_gives_the_gradients_of_one_process(folder, expected, way):
     tolerance = {"rtol": 1e-2, "atol": 1e-4} if way == "communication hook" else {"rtol": 1e-4, "atol": 1e-6}
-    for found in outcomes(folder, "gradients"):
+    for found in outcome(folder, "gradients"):
         assert_same_gradients(found[way], expected, tolerance)
 
 
 def test_the_communication_hook_stays(folder):
     """It rounds gradients to float16."""
-    found = outcomes(folder, "gradients")[0]
+    found = outcome(folder, "gradients")[0]
     exact, rounded = (next(iter(found[way][0].values())) for way in ("default", "communication hook"))
     assert exact != rounded
     rounded = torch.tensor(rounded, dtype=torch.float64)
@@ -64,5 +52,5 @@ def test_the_communication_hook_stays(folder):
 
 
 def test_a_model_that_is_wrapped_again(folder, expected):
-    for found in outcomes(folder, "wrapped_again"):
+    for found in outcome(folder, "wrapped_again"):
         assert_same_gradients(found, expected, {"rtol": 1e-4, "atol": 1e-6})

@@ -1,6 +1,5 @@
 """Two processes against one process over all data, and against the unsharded model."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,24 +10,14 @@ from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from helpers import several_processes
 from helpers.several_processes import ALL, EVEN, TARGETS, base, config
 from helpers.tiny_models import names_of, per_example_scores, token_batch
-from helpers.torchrun import NUM_PROCESSES, assert_same_scores, torchrun
+from helpers.torchrun import NUM_PROCESSES, assert_same_scores, outcome, results_of, torchrun
 from helpers.trainers import allocate, sft_trainer
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The folder with the results of all cases and processes. The cases share one start, because it takes seconds."""
-    folder = tmp_path_factory.mktemp("processes")
-    finished = torchrun("helpers.several_processes", str(folder))
-    assert finished.returncode == 0, finished.stderr
-    return folder
-
-
-def outcome(results, case):
-    answers = [json.loads((results / f"{case}-{rank}.json").read_text()) for rank in range(NUM_PROCESSES)]
-    for answer in answers:
-        assert "error" not in answer, answer["error"]
-    return [answer["result"] for answer in answers]
+    return results_of("helpers.several_processes", tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")

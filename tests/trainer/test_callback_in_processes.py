@@ -1,25 +1,18 @@
 """`FimCompressionCallback` in two processes under `DistributedDataParallel`, against one process on all batches."""
 
-import json
-
 import pytest
 import torch
 
 from helpers.cut_in_processes import TRAININGS, trained
-from helpers.torchrun import NUM_PROCESSES, torchrun
+from helpers.torchrun import NUM_PROCESSES, outcome, results_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    finished = torchrun("helpers.cut_in_processes", str(folder), "trainings")
-    assert finished.returncode == 0, finished.stderr
-    answers = [json.loads((folder / f"trainings-{rank}.json").read_text()) for rank in range(NUM_PROCESSES)]
-    for answer in answers:
-        assert "error" not in answer, answer["error"]
-    return [answer["result"] for answer in answers]
+    folder = results_of("helpers.cut_in_processes", tmp_path_factory.mktemp("processes"), "trainings")
+    return outcome(folder, "trainings")
 
 
 @pytest.mark.parametrize("training", TRAININGS)
