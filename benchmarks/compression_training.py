@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.optim.lr_scheduler import LambdaLR
 
 from quality_tasks import (
     TASKS,
@@ -27,16 +26,12 @@ from quality_tasks import (
     load_tokenizer,
     training_order,
 )
+from quality_training import optimizer_and_schedule
 
 SCALING = 2
 """`lora_alpha / r` of every adapter."""
 
 CUSTOMARY_LEARNING_RATE = 2e-4
-
-WARM_UP = 0.1
-"""Share of the steps in which the learning rate rises. It then falls linearly to zero."""
-
-CLASSIFIER_LEARNING_RATE = 1e-2
 
 GERMAN_FILE = "plone.po"
 """The German catalog of `plone.app.locales`, `locales/de/LC_MESSAGES/plone.po` in its source package."""
@@ -163,11 +158,7 @@ class Workshop:
         order = training_order(lengths, task.batch_size, task.steps, run.seed)
         data = batches([splits.train[index] for index in order], task.batch_size, pad, torch.device("cpu"))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(_parameter_groups(model, run.learning_rate), weight_decay=0.0)
-        warm_up = max(1, round(WARM_UP * task.steps))
-        schedule = LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm_up, (task.steps - step) / max(1, task.steps - warm_up))
-        )
+        optimizer, schedule = optimizer_and_schedule(model, run.learning_rate, task.steps)
         model.train()
         for batch in data:
             model(**batch).loss.backward()
@@ -189,14 +180,6 @@ class Workshop:
         lengths = [len(example.input_ids) for example in splits.train]
         order = training_order(lengths, task.batch_size, num_batches, 1000 + run.seed)
         return list(batches([splits.train[index] for index in order], task.batch_size, pad, torch.device("cpu")))
-
-
-def _parameter_groups(model: Any, learning_rate: float) -> list[dict[str, Any]]:
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    adapter = [parameter for name, parameter in trained.items() if "lora_" in name]
-    classifier = [parameter for name, parameter in trained.items() if "lora_" not in name]
-    groups = [{"params": adapter, "lr": learning_rate}, {"params": classifier, "lr": CLASSIFIER_LEARNING_RATE}]
-    return [group for group in groups if group["params"]]
 
 
 def _splits(task: Task, source: str, tokenizer: Any) -> Splits:

@@ -167,11 +167,7 @@ class Bench:
     def _train(self, model: Any, task: Task, run: Run, data: Iterator[Batch]) -> Iterator[tuple[int, float]]:
         """Train on the batches, and yield the number and the seconds of each step."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(_parameter_groups(model, run.learning_rate), weight_decay=0.0)
-        warm_up = max(1, round(WARM_UP * run.steps))
-        schedule = LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm_up, (run.steps - step) / max(1, run.steps - warm_up))
-        )
+        optimizer, schedule = optimizer_and_schedule(model, run.learning_rate, run.steps)
         update_ranks = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
         torch.manual_seed(2000 + run.seed)
         for step, batch in enumerate(data):
@@ -190,6 +186,24 @@ class Bench:
         # Batches of examples of similar length avoid most of the padding and do not change the result.
         by_length = sorted(examples, key=lambda example: len(example.input_ids))
         return evaluate(model, task, batches(by_length, 4 * task.batch_size, pad, self.device))
+
+
+def optimizer_and_schedule(model: Any, learning_rate: float, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW with a learning rate of its own for a classifier, and its warm-up and linear decay.
+
+    Args:
+        model: The model with its adapter.
+        learning_rate: Peak learning rate of the adapter.
+        steps: Training steps.
+
+    Returns:
+        The optimizer and the schedule, to be stepped together.
+    """
+    optimizer = torch.optim.AdamW(_parameter_groups(model, learning_rate), weight_decay=0.0)
+    warm_up = max(1, round(WARM_UP * steps))
+    return optimizer, LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
 
 
 def _parameter_groups(model: Any, learning_rate: float) -> list[dict[str, Any]]:
