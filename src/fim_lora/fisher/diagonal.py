@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.distributed import gather_from_all, num_processes
+from .coverage import warn_of_skipped_batches, warn_of_unattributed_layers, warn_of_unreached_layers
 from .fim_diagonals import FimDiagonals
 from .gradients.products import MAX_TEMPORARY_BYTES, compute_dtype, slices
 from .layers.call import LayerCall
@@ -206,25 +206,14 @@ def _over_processes(total: Tensor) -> Tensor:
 
 
 def _warn(counts: DiagonalCounts, layers: Mapping[str, TargetLayer]) -> None:
-    if counts.num_skipped_batches:
-        where = f"in {len(counts.incomplete)} layers" if counts.incomplete else "in all layers"
-        warnings.warn(
-            f"{counts.num_skipped_batches} of {counts.num_batches} calibration batches had a loss or gradients that "
-            f"are not finite, and were left out {where}. To use them all, calibrate in bfloat16 or float32, and "
-            "remove batches without labels.",
-            stacklevel=5,
-        )
-    if counts.unattributed:
-        warnings.warn(
-            f"The inputs of {len(counts.unattributed)} layers could not be attributed to examples, so each of their "
-            "batches counts as one example, and their diagonals are approximate: "
-            f"{sorted(counts.unattributed)}. Calibrate with batches of one example for exact diagonals.",
-            stacklevel=5,
-        )
-    unreached = [name for name in layers if name not in counts.reached]
-    if unreached:
-        warnings.warn(
-            f"{len(unreached)} layers took no part in the loss of any calibration batch, and their diagonals are "
-            f"zero: {unreached}. If they never take part in it, leave them out of `parameters`.",
-            stacklevel=5,
-        )
+    where = f" in {len(counts.incomplete)} layers" if counts.incomplete else " in all layers"
+    warn_of_skipped_batches(counts.num_batches, counts.num_skipped_batches, 5, where)
+    warn_of_unattributed_layers(counts.unattributed, "diagonals", 5, ", and their diagonals are approximate")
+    warn_of_unreached_layers(
+        layers,
+        counts.reached,
+        "layers",
+        ", and their diagonals are zero",
+        "If they never take part in it, leave them out of `parameters`.",
+        stacklevel=5,
+    )

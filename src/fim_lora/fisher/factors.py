@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -13,6 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from .coverage import (
+    require_usable_batches,
+    warn_of_skipped_batches,
+    warn_of_unattributed_layers,
+    warn_of_unreached_layers,
+)
 from .layers.call import LayerCall
 from .layers.components import AdaptedLayer, ComponentMoments
 from .layers.registry import TargetLayer
@@ -160,12 +165,7 @@ class AdapterMoments:
         """
         if self.num_batches == 0:
             raise RuntimeError("No calibration batch was seen: run forward and backward passes first.")
-        if self.num_batches == self.num_skipped_batches:
-            raise RuntimeError(
-                f"All {self.num_batches} calibration batches had a loss or gradients that are not finite: calibrate "
-                "in bfloat16 or float32, scale the loss down, or look for NaN and for batches without labels in the "
-                "data."
-            )
+        require_usable_batches(self.num_batches, self.num_skipped_batches)
         if not any(np.any(core) for name in self.shapes for core in self.of(name).core_gradients):
             raise RuntimeError(
                 "The gradient of every component is exactly zero: the adapter is untrained (its B is zero), or the "
@@ -193,24 +193,13 @@ def _to_host(layer: MeasuredLayer) -> tuple[Array, Array, Array]:
 
 
 def _warn(moments: AdapterMoments) -> None:
-    if moments.num_skipped_batches:
-        warnings.warn(
-            f"{moments.num_skipped_batches} of {moments.num_batches} calibration batches had a loss or gradients that "
-            "are not finite, and were left out. To use them all, calibrate in bfloat16 or float32, and remove batches "
-            "without labels.",
-            stacklevel=6,
-        )
-    if moments.unattributed:
-        warnings.warn(
-            f"The inputs of {len(moments.unattributed)} layers could not be attributed to examples, so each of their "
-            f"batches counts as one example: {sorted(moments.unattributed)}. Calibrate with batches of one example "
-            "for exact saliencies.",
-            stacklevel=6,
-        )
-    unreached = [name for name in moments.shapes if name not in moments.reached]
-    if unreached:
-        warnings.warn(
-            f"{len(unreached)} layers took no part in the loss of any calibration batch, so the criterion drops their "
-            f"adapters first: {unreached}. Calibrate with data that reaches them, or leave them out of the adapter.",
-            stacklevel=6,
-        )
+    warn_of_skipped_batches(moments.num_batches, moments.num_skipped_batches, stacklevel=6)
+    warn_of_unattributed_layers(moments.unattributed, "saliencies", stacklevel=6)
+    warn_of_unreached_layers(
+        moments.shapes,
+        moments.reached,
+        "layers",
+        ", so the criterion drops their adapters first",
+        "Calibrate with data that reaches them, or leave them out of the adapter.",
+        stacklevel=6,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,6 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .coverage import (
+    require_usable_batches,
+    warn_of_skipped_batches,
+    warn_of_unattributed_layers,
+    warn_of_unreached_layers,
+)
 from .gradients.sketch import Sketch
 from .layers.call import LayerCall
 from .layers.registry import TargetLayer
@@ -132,12 +137,7 @@ class NormSums:
         """
         if self.num_batches == 0:
             raise RuntimeError(NO_BATCH_SEEN)
-        if self.num_batches == self.num_skipped_batches:
-            raise RuntimeError(
-                f"All {self.num_batches} calibration batches had a loss or gradients that are not finite: calibrate "
-                "in bfloat16 or float32, scale the loss down, or look for NaN and for batches without labels in the "
-                "data."
-            )
+        require_usable_batches(self.num_batches, self.num_skipped_batches)
         scores = {name: self._score(name, layer) for name, layer in layers.items()}
         if all(score.mean == 0 for score in scores.values()):
             raise RuntimeError(f"The eFIM of every layer is exactly zero. {CAUSES_OF_NO_GRADIENT}")
@@ -158,27 +158,16 @@ class NormSums:
         )
 
     def _warn(self, layers: Mapping[str, TargetLayer]) -> None:
-        if self.num_skipped_batches:
-            warnings.warn(
-                f"{self.num_skipped_batches} of {self.num_batches} calibration batches had a loss or gradients that "
-                "are not finite, and were left out. To use them all, calibrate in bfloat16 or float32, and remove "
-                "batches without labels.",
-                stacklevel=5,
-            )
-        if self.unattributed:
-            warnings.warn(
-                f"The inputs of {len(self.unattributed)} layers could not be attributed to examples, so each of their "
-                "batches counts as one example, and their scores are approximate: "
-                f"{sorted(self.unattributed)}. Calibrate with batches of one example for exact scores.",
-                stacklevel=5,
-            )
-        unreached = [name for name in layers if name not in self.reached]
-        if unreached:
-            warnings.warn(
-                f"{len(unreached)} target layers took no part in the loss of any calibration batch and score "
-                f"zero: {unreached}. If they never take part in it, remove them from `target_modules`.",
-                stacklevel=5,
-            )
+        warn_of_skipped_batches(self.num_batches, self.num_skipped_batches, stacklevel=5)
+        warn_of_unattributed_layers(self.unattributed, "scores", 5, ", and their scores are approximate")
+        warn_of_unreached_layers(
+            layers,
+            self.reached,
+            "target layers",
+            " and score zero",
+            "If they never take part in it, remove them from `target_modules`.",
+            stacklevel=5,
+        )
 
 
 def _to_host(tensors: Sequence[Tensor]) -> np.ndarray[Any, np.dtype[np.float64]]:
