@@ -23,6 +23,7 @@ from fim_lora import FimConfig, FimScores, LayerScore, RankAllocation
 from fim_lora.report.exports import export
 from fim_lora.runtime.checked_json import InvalidFileError
 from helpers.commands import run_commands
+from helpers.damaged_json import HOSTILE_NAMES, truncated, with_changed_bytes, with_changed_values
 
 LAYERS = ["encoder.layers.0.q_proj", "encoder.layers.0.v_proj", "encoder.layers.1.q_proj", "head"]
 
@@ -120,9 +121,7 @@ THOROUGH = settings(max_examples=150, deadline=None)
 @THOROUGH
 @given(st.data())
 def test_truncated_files(kind, texts, place, data):
-    text = texts[kind].rstrip().encode()
-    end = data.draw(st.integers(0, len(text) - 1))
-    (place / "file.json").write_bytes(text[:end])
+    (place / "file.json").write_bytes(truncated(texts[kind], data))
     with pytest.raises(InvalidFileError):
         kind.load(place / "file.json")
 
@@ -131,18 +130,7 @@ def test_truncated_files(kind, texts, place, data):
 @THOROUGH
 @given(st.data())
 def test_changed_bytes(kind, texts, place, data):
-    content = bytearray(texts[kind].encode())
-    for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
-        content[position] = data.draw(st.integers(0, 255) | st.sampled_from(b'0123456789-+.eE"[]{},:tfnN'))
-    require_error_or_sound_object(kind, bytes(content), place)
-
-
-def places_in(content, path=()):
-    """Every path into nested JSON."""
-    yield path
-    if isinstance(content, (dict, list)):
-        for key in content if isinstance(content, dict) else range(len(content)):
-            yield from places_in(content[key], (*path, key))
+    require_error_or_sound_object(kind, with_changed_bytes(texts[kind], data), place)
 
 
 def nested(depth):
@@ -152,19 +140,6 @@ def nested(depth):
     return value
 
 
-HOSTILE_NAMES = [
-    "../../x",
-    "/etc/passwd",
-    "(a+)+$",
-    ".*",
-    "\x1b[2J",
-    "=1+1",
-    "",
-    "a" * 2000,
-    "\u202e",
-    "$\\frac$",
-    "0",
-]
 HOSTILE_VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -180,18 +155,8 @@ HOSTILE_VALUES = st.one_of(
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_changed_values_and_names(kind, texts, place, data):
-    content = json.loads(texts[kind])
-    for _ in range(data.draw(st.integers(1, 2))):
-        *above, last = data.draw(st.sampled_from([path for path in places_in(content) if path]))
-        parent = content
-        for key in above:
-            parent = parent[key]
-        if isinstance(parent, dict) and data.draw(st.booleans()):
-            parent[data.draw(st.sampled_from(HOSTILE_NAMES))] = parent.pop(last)
-        else:
-            # A copy, because the next change may be inside of it.
-            parent[last] = copy.deepcopy(data.draw(HOSTILE_VALUES))
-    require_error_or_sound_object(kind, json.dumps(content).encode(), place)
+    damaged = with_changed_values(texts[kind], data, HOSTILE_VALUES)
+    require_error_or_sound_object(kind, damaged, place)
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,7 +1,6 @@
 """The files of `LoraSpectrum` and `LoraCompression`: what is written is read, and nothing else is."""
 
 import base64
-import copy
 import json
 import math
 import string
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from fim_lora import InvalidFileError, LoraCompression, LoraSpectrum
 from fim_lora.ranks.spectrum import Prediction
+from helpers.damaged_json import HOSTILE_NAMES, truncated, with_changed_bytes, with_changed_values
 from helpers.known_spectra import EXAMPLES, LAYERS
 from helpers.known_spectra import known_compression as compression
 from helpers.known_spectra import known_spectrum as spectrum
@@ -290,8 +290,7 @@ THOROUGH = settings(max_examples=60, deadline=None)
 @THOROUGH
 @given(st.data())
 def test_truncated_files(kind, texts, place, data):
-    text = texts[kind].rstrip().encode()
-    (place / "file.json").write_bytes(text[: data.draw(st.integers(0, len(text) - 1))])
+    (place / "file.json").write_bytes(truncated(texts[kind], data))
     with pytest.raises(InvalidFileError):
         kind.load(place / "file.json")
 
@@ -300,21 +299,9 @@ def test_truncated_files(kind, texts, place, data):
 @THOROUGH
 @given(st.data())
 def test_changed_bytes(kind, texts, place, data):
-    content = bytearray(texts[kind].encode())
-    for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
-        content[position] = data.draw(st.integers(0, 255) | st.sampled_from(b'0123456789-+.eE"[]{},:tfnN='))
-    require_error_or_sound_object(kind, bytes(content), place)
+    require_error_or_sound_object(kind, with_changed_bytes(texts[kind], data), place)
 
 
-def places_in(content, path=()):
-    """Every path into nested JSON."""
-    yield path
-    if isinstance(content, (dict, list)):
-        for key in content if isinstance(content, dict) else range(len(content)):
-            yield from places_in(content[key], (*path, key))
-
-
-HOSTILE_NAMES = ["../../x", "(a+)+$", ".*", "\x1b[2J", "=1+1", "", "a" * 2000, "\u202e", "0"]
 HOSTILE_VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -331,18 +318,8 @@ HOSTILE_VALUES = st.one_of(
 @settings(max_examples=250, deadline=None)
 @given(st.data())
 def test_changed_values_and_names(kind, texts, place, data):
-    content = json.loads(texts[kind])
-    for _ in range(data.draw(st.integers(1, 2))):
-        *above, last = data.draw(st.sampled_from([path for path in places_in(content) if path]))
-        parent = content
-        for key in above:
-            parent = parent[key]
-        if isinstance(parent, dict) and data.draw(st.booleans()):
-            parent[data.draw(st.sampled_from(HOSTILE_NAMES))] = parent.pop(last)
-        else:
-            # A copy, because the next change may be inside of it.
-            parent[last] = copy.deepcopy(data.draw(HOSTILE_VALUES))
-    require_error_or_sound_object(kind, json.dumps(content).encode(), place)
+    damaged = with_changed_values(texts[kind], data, HOSTILE_VALUES)
+    require_error_or_sound_object(kind, damaged, place)
 
 
 @pytest.mark.parametrize("extreme", [3e38, 1e-45, 0.0])
