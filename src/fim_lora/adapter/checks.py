@@ -63,8 +63,8 @@ def require_compressible(
     if isinstance(init, str) and init.startswith(BASE_CHANGING_INITIALIZATIONS):
         raise ValueError(
             f"The adapter was initialized with {init!r}, which changed the base weights by an adapter of the present "
-            "rank. Save it as plain LoRA with save_pretrained(..., path_initial_model_for_weight_conversion=...) of "
-            "PEFT or `peft.save_as_lora`, load that, and compress it."
+            f"rank, beginning with layer {next(iter(layers))!r}. Save it as plain LoRA with save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...) of PEFT or `peft.save_as_lora`, load that, and compress it."
         )
     seen: dict[int, str] = {}
     for name, layer in layers.items():
