@@ -21,6 +21,7 @@ ALLOWED_IMPORTS = {
     "adapter": {"config", "runtime", "fisher"},
     "rank_allocation": {"config", "fisher", "ranks", "adapter"},
     "scoring": {"config", "runtime", "fisher", "adapter"},
+    "calibration_batch": {"runtime", "fisher", "adapter"},
     "diagonals": {"runtime", "fisher", "adapter"},
     "initialization": {"runtime", "fisher", "adapter", "rank_allocation", "scoring"},
     "report": {"ranks"},
@@ -36,7 +37,8 @@ ALLOWED_IMPORTS = {
     },
     "__init__": {
         *("config", "runtime", "fisher", "ranks", "adapter"),
-        *("rank_allocation", "scoring", "diagonals", "initialization", "spectrum", "compression", "trainer"),
+        *("rank_allocation", "scoring", "calibration_batch", "diagonals", "initialization"),
+        *("spectrum", "compression", "trainer"),
     },
 }
 WITHOUT_PEFT = ("config", "runtime", "fisher", "ranks")

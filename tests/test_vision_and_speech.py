@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -323,11 +324,36 @@ def test_the_convolutions_of_whisper_can_be_scored_but_not_adapted_by_any_peft()
             case.loss(model, case.batches()[0])
 
 
-def test_windows_with_as_many_positions_as_examples_are_said_to_be_approximate():
+def windows_with_as_many_positions_as_examples():
     """Frames × examples × features, or examples · patches × frames × features: with B frames both are possible."""
-    case = Case(functools.partial(timesformer, BATCH), functools.partial(videos, frames=BATCH), IN_TIMESFORMER)
-    with pytest.warns(UserWarning, match=r"The inputs of 2 layers could not be attributed.*temporal_attention"):
+    return Case(functools.partial(timesformer, BATCH), functools.partial(videos, frames=BATCH), IN_TIMESFORMER)
+
+
+def test_windows_with_as_many_positions_as_examples_are_exact_with_a_dataloader():
+    case = windows_with_as_many_positions_as_examples()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         scores = get_fim_scores(case.model(), case.batches(), case.config(), show_progress_bar=False)
+    model = case.model()
+    for name, score in scores.items():
+        weight = model.get_submodule(name).weight
+        losses = [
+            model(**{key: value[[row]] for key, value in batch.items()}).loss
+            for batch in case.batches()
+            for row in range(BATCH)
+        ]
+        values = torch.stack([torch.autograd.grad(loss, weight)[0].square().mean() for loss in losses])
+        assert score.num_examples == len(values)
+        assert score.mean == pytest.approx(values.mean().item(), rel=1e-6), name
+
+
+def test_windows_with_as_many_positions_as_examples_are_said_to_be_approximate_in_a_loop_of_ones_own():
+    case = windows_with_as_many_positions_as_examples()
+    adapter = get_peft_model(case.model(), case.config())
+    for batch in case.batches():
+        adapter(**batch).loss.backward()
+    with pytest.warns(UserWarning, match=r"The inputs of 2 layers could not be attributed.*temporal_attention"):
+        scores = initialize_lora_fim_ranks(adapter).scores
     model = case.model()
     for name, score in scores.items():
         is_temporal = "temporal_attention" in name

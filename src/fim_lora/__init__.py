@@ -7,6 +7,7 @@ fim_config=FimConfig(...))`.
 from importlib.metadata import version as _version
 
 from .adapter.install import install as _install
+from .calibration_batch import calibration_batch
 from .compression import LoraCompression, compress_lora
 from .config import FimConfig
 from .diagonals import get_fim_diagonals
@@ -36,6 +37,7 @@ __all__ = [
     "LoraSpectrum",
     "RankAllocation",
     "allocate_ranks",
+    "calibration_batch",
     "compress_lora",
     "get_fim_diagonals",
     "get_fim_scores",

@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 from ..runtime.distributed import batches_in_lockstep, gather_from_all
 from ..runtime.flags import frozen_eval_mode
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
-from .layers.attribution import batch_size_of, loss_terms_of
+from .layers.batch_size import batch_size_of, loss_terms_of
 from .layers.registry import TargetLayer
 from .norm_sums import CAUSES_OF_NO_GRADIENT
 from .recorder import Recorder
+from .row_probe import RowProbe
 from .statistic import Statistic
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -54,7 +55,9 @@ def calibrate(
     when its process ends, as in training.
 
     Training mode, `requires_grad`, `.grad` and hooks of the model are restored, also after an exception. The cost is
-    a forward pass, and a backward pass with respect to activations.
+    a forward pass, and a backward pass with respect to activations. Where the shape of a layer's input leaves open
+    which rows belong to which example, one more forward pass of that batch, with its examples in another order, finds
+    it out for all further batches.
 
     Args:
         model: The model; with its adapters disabled, if the statistic is of base layers.
@@ -79,16 +82,24 @@ def calibrate(
         RuntimeError: See `result` of the statistic, such as `NormSums.result`.
     """
     model = unwrap_engine(model)
-    recorder = Recorder(layers, statistic)
+    recorder, probe = Recorder(layers, statistic), RowProbe()
+    recorder.attribute_rows(probe)
     forward_fn = forward_fn or forward_fn_default
     in_lockstep = loss_communicates or needs_all_processes(model)
 
     def run(batch: Any, counts: bool) -> None:
         batch = send_to_device(batch, device_of(model))
         rows = batch_size_of(batch, getattr(model, "main_input_name", None))
-        size = None if rows is None else rows // sequences_per_example
+        size = None if rows.examples is None else rows.examples // sequences_per_example
         with recorder.batch(size, sequences_per_example, counts, loss_terms_of(batch, size)):
+            recorder.note_batch_size(rows)
+            probe.begin_batch(batch)
             loss = loss_of(forward_fn(model, batch))
+            dimensions = probe.dimensions(batch, size)
+            if in_lockstep:
+                dimensions = max(gather_from_all(lambda: dimensions), key=len)
+            if dimensions:
+                probe.decide(lambda other: loss_in(forward_fn(model, other)), batch, size or 1, dimensions, loss)
             recorder.note_loss(loss)
             loss.backward()
 

@@ -14,7 +14,7 @@ from ..runtime.distributed import batches_in_lockstep, gather_from_all
 from ..runtime.flags import eval_mode
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
 from .calibration import device_of, forward_fn_default, loss_in
-from .layers.attribution import batch_size_of, loss_terms_of
+from .layers.batch_size import batch_size_of, loss_terms_of
 
 
 def mean_loss(
@@ -41,7 +41,7 @@ def mean_loss(
     def run(batch: Any, counts: bool) -> None:
         nonlocal total, terms
         batch = send_to_device(batch, device_of(model))
-        size = loss_terms_of(batch, batch_size_of(batch, getattr(model, "main_input_name", None))) or 1
+        size = loss_terms_of(batch, batch_size_of(batch, getattr(model, "main_input_name", None)).examples) or 1
         loss = float(loss_in(forward_fn(model, batch)))
         if not math.isfinite(loss):
             raise ValueError(f"The loss of a batch of `eval_dataloader` is {loss}: look for batches without labels.")

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from ..runtime.replay import CallState
-from .layers.attribution import batch_size_of
+from .layers.batch_size import BatchSize, batch_size_of
 from .layers.call import input_of
 from .layers.components import AdaptedLayer
 from .layers.registry import TENSOR_PARALLELISM, Observed, TargetLayer
@@ -28,11 +28,11 @@ class CallWatcher(Protocol):
     paused: bool
     session: int
 
-    def begin_forward(self, batch_size: int | None) -> None:
+    def begin_forward(self, batch_size: BatchSize) -> None:
         """A forward pass of the whole model begins."""
 
-    def begin_call(self, name: str) -> bool:
-        """A layer was called; return whether to observe the call."""
+    def begin_call(self, target: TargetLayer, x: Tensor) -> bool:
+        """A layer was called with the input `x`; return whether to observe the call."""
 
     def note_input(self, name: str, saved: SavedTensor) -> None:
         """The input of a layer was saved."""
@@ -103,10 +103,10 @@ class LayerHook:
     def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, watch: Watch) -> Any:
         """Count and check the call, start the graph if no layer before it has, and register hooks for gradients."""
         state, self.state = self.state, None
-        if not self.watcher.begin_call(self.target.name) or not torch.is_grad_enabled():
+        x = input_of(args, kwargs)
+        if not self.watcher.begin_call(self.target, x) or not torch.is_grad_enabled():
             return None
         outputs, structure = tree_flatten(output)
-        x = input_of(args, kwargs)
         _refuse_tensor_parallelism(self.target, x, outputs[0])
         starts_graph = not any(isinstance(value, Tensor) and value.requires_grad for value in outputs)
         _refuse_missing_gradient(self.target.name, self.target.module, x, starts_graph)

@@ -48,6 +48,15 @@ class Pass(Generic[Measurement]):
     process: int = field(default_factory=process_number)
     loss: Tensor | None = None
     num_loss_terms: int | None = None
+    _calls_before_forward: int = -1
+
+    def begin_forward(self) -> bool:
+        """A forward pass of the whole model begins; return whether it is a further one of this pass.
+
+        A model inside of the model, whose forward pass is a part of it, begins before any further call.
+        """
+        before, self._calls_before_forward = self._calls_before_forward, sum(self.num_calls.values())
+        return 0 <= before < self._calls_before_forward
 
     def add_call(self, name: str) -> None:
         """Count a call of a layer in the forward pass."""

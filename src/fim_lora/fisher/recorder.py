@@ -12,14 +12,20 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..runtime.distributed import gather_from_all
+from .doubts import Doubts
 from .hooks import AdapterHook, RootHook, is_inside_backward, layer_hook
 from .layers.attribution import UnattributableError
+from .layers.batch_size import BatchSize
 from .layers.call import LayerCall
 from .layers.registry import TargetLayer, target_layer
+from .layers.rows import joined_pieces, with_examples_first
 from .passes import Pass
+from .row_probe import RowProbe
+from .row_rules import RowOrder, RowRules
 from .saved import SavedCall, SavedTensor
 from .statistic import BatchRows, Statistic
 
@@ -58,6 +64,9 @@ class Recorder(Generic[Measurement, Result]):
         self._last_batch: int | None = None
         self._pass: Pass[Measurement] = Pass()
         self._evaluating = False
+        self._rows: RowProbe | RowRules = RowRules()
+        self._num_examples: int | None = None
+        self._doubts = Doubts()
         self._handles: list[RemovableHandle] = []
 
     def start(
@@ -123,6 +132,29 @@ class Recorder(Generic[Measurement, Result]):
         if self._pass is current:
             self._finish_batch()
 
+    def attribute_rows(self, probe: RowProbe) -> None:
+        """Let `probe` decide which rows belong to which example, where the shapes of inputs leave several readings.
+
+        Without a probe, `by_example` decides by rules, and the result warns of layers with several readings.
+        """
+        self._rows = probe
+
+    @contextmanager
+    def declared_batch(self, num_examples: int, rows: RowOrder) -> Iterator[None]:
+        """Inside the block, batches have this many examples, and their rows this order; see `calibration_batch`."""
+        self._close_pass()
+        before = self._rows, self._num_examples
+        self._rows, self._num_examples = RowRules(rows), num_examples
+        try:
+            yield
+        finally:
+            self._close_pass()
+            self._rows, self._num_examples = before
+
+    def note_batch_size(self, batch_size: BatchSize) -> None:
+        """Note how certain the number of examples of a batch is."""
+        self._doubts.uncertain_batch_size |= not batch_size.is_certain
+
     def note_loss(self, loss: Tensor) -> None:
         """Note the loss, one element, before its backward pass; a loss that is not finite makes the batch unusable.
 
@@ -136,7 +168,10 @@ class Recorder(Generic[Measurement, Result]):
         Raises:
             RuntimeError: If another process failed; see also `result` of the statistic, such as `NormSums.result`.
         """
-        return self.merged_statistic().result(self.layers)
+        result = self.merged_statistic().result(self.layers)
+        is_own_loop = isinstance(self._rows, RowRules)
+        self._doubts.warn(self._rows.ambiguous if isinstance(self._rows, RowRules) else (), is_own_loop)
+        return result
 
     def merged_statistic(self) -> Statistic[Measurement, Result]:
         """The statistic so far, over the examples of all processes. Every process has to call this.
@@ -151,26 +186,43 @@ class Recorder(Generic[Measurement, Result]):
         self._close_pass()
         return self.statistic
 
-    def begin_forward(self, batch_size: int | None) -> None:
+    def begin_forward(self, batch_size: BatchSize) -> None:
         """A forward pass of the whole model begins. Several before one backward pass make one batch."""
         self._close_pass()
         self._evaluating = not torch.is_grad_enabled()
-        if not self._evaluating:
-            self._pass.batch_size = batch_size
+        if self._evaluating:
+            return
+        is_further = self._pass.begin_forward()
+        if self._num_examples is not None:
+            self._pass.batch_size = self._num_examples
+            return
+        self._doubts.several_forward_passes |= is_further
+        self.note_batch_size(batch_size)
+        self._pass.batch_size = batch_size.examples
 
-    def begin_call(self, name: str) -> bool:
+    def begin_call(self, target: TargetLayer, x: Tensor) -> bool:
         """Count a call in the forward pass, and return whether to observe it."""
         if self.paused:
             return False
         if is_inside_backward():
             return True  # a recomputation by gradient checkpointing, of a call that was counted before
+        if isinstance(self._rows, RowProbe) and self._rows.is_running:
+            self._note_rows(target, x)
+            return False
         if self._evaluating and not torch.is_grad_enabled():
             return False
         self._close_pass()
         if self._is_full:
             return False
-        self._pass.add_call(name)
+        self._pass.add_call(target.name)
+        self._note_rows(target, x)
         return True
+
+    def _note_rows(self, target: TargetLayer, x: Tensor) -> None:
+        size = self._pass.batch_size
+        is_whole = not isinstance(x, DTensor)  # otherwise it is refused after this
+        if size is not None and is_whole and self._pass.sequences_per_example == 1:
+            self._rows.note(target, x, size)
 
     def note_input(self, name: str, saved: SavedTensor) -> None:
         """Remember the input for the adapter that is called next; the reference lives as long as the graph."""
@@ -232,17 +284,28 @@ class Recorder(Generic[Measurement, Result]):
     def _measure(self, name: str, calls: list[LayerCall], current: Pass[Measurement]) -> Measurement:
         layer, x = self.layers[name], calls[0].input
         size = current.batch_size or (x.shape[0] if x.ndim > 1 else 1)
-        if current.sequences_per_example > 1:
-            keep_rows = layer.observed in ("call", "all outputs")
-            calls = [call.grouped_by_example(size, current.sequences_per_example, keep_rows) for call in calls]
         rows = BatchRows(size, size, self.num_batches, current.process, current.num_loss_terms or size)
         was_paused, self.paused = self.paused, True  # a layer that is run again may contain watched layers
         try:
-            return self.statistic.measure(layer, calls, rows)
+            return self.statistic.measure(layer, self._by_example(layer, calls, current, size), rows)
         except UnattributableError:
             return self.statistic.measure(layer, calls, replace(rows, num_groups=1))
         finally:
             self.paused = was_paused
+
+    def _by_example(
+        self, layer: TargetLayer, calls: list[LayerCall], current: Pass[Measurement], size: int
+    ) -> list[LayerCall]:
+        """The calls with the rows of each example together. Raises `UnattributableError`."""
+        if current.sequences_per_example > 1:
+            return [call.grouped_by_example(size, current.sequences_per_example, layer.is_run_again) for call in calls]
+        if self._num_examples is not None and not layer.is_run_again:
+            calls = joined_pieces(calls, size)
+        attributions = [self._rows.attribution(layer, call.input, size) for call in calls]
+        return [
+            with_examples_first(call, rows, size, layer.is_run_again)
+            for call, rows in zip(calls, attributions, strict=True)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         # A pass belongs to a graph, which can be neither copied nor pickled.

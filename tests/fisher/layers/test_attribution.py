@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fim_lora.fisher.layers.attribution import UnattributableError, batch_size_of, by_example
+from fim_lora.fisher.layers.attribution import UnattributableError, by_example
+from fim_lora.fisher.layers.batch_size import batch_size_of
 from helpers.calibration import assert_scores, calibrate_norms, scores_of
 
 
@@ -91,9 +92,17 @@ def test_every_batch_weighs_as_much_as_its_examples_also_where_rows_belong_to_no
     always = expert_of(7, 7)
     # Half of the examples have no gradient there.
     assert expert_of(*[(7, 0), (0, 7)][first]) == pytest.approx(always / 2, rel=1e-6)
-    # All rows of a batch belong to an example: this batch is exact, and both batches have the same weight.
+
+
+def test_a_batch_whose_rows_all_belong_to_examples_weighs_as_much_as_one_without():
+    x = torch.randn(4, 5, 4)
     exact = scores_of(Routed(), [(x, 20)], ["expert", "head"], forward_fn=lambda m, b: m(*b))["expert"].mean
-    assert expert_of(*[(7, 20), (20, 7)][first]) == pytest.approx((always + exact) / 2, rel=1e-6)
+    with pytest.warns(UserWarning, match="could not be attributed"):
+        always, mixed = (
+            scores_of(Routed(), [(x, number) for number in rows], ["expert", "head"], forward_fn=lambda m, b: m(*b))
+            for rows in ((7, 7), (20, 7))
+        )
+    assert mixed["expert"].mean == pytest.approx((always["expert"].mean + exact) / 2, rel=1e-6)
 
 
 def test_rule_of_rows():
@@ -106,10 +115,46 @@ def test_rule_of_rows():
     assert by_example(torch.randn(2), torch.randn(3), 1)[1].shape == (1, 3)
 
 
-def test_batch_size():
-    ids = torch.zeros(3, 7)
-    assert batch_size_of({"position_ids": torch.zeros(1, 7), "input_ids": ids}, "input_ids") == 3
-    assert batch_size_of({"flag": True, "scale": torch.tensor(1.0), "x": ids}) == 3
-    assert batch_size_of([("text", ids), ids[:2]]) == 3
-    assert batch_size_of(ids) == 3
-    assert batch_size_of({"text": "abc"}) is None
+IDS = torch.zeros(3, 7)
+
+
+@pytest.mark.parametrize(
+    ("batch", "examples"),
+    [
+        (IDS, 3),
+        ([("text", IDS), IDS[:, :2]], 3),
+        ({"flag": True, "scale": torch.tensor(1.0), "x": IDS}, 3),
+        ({"position_ids": torch.zeros(1, 7), "inputs_embeds": torch.zeros(3, 7, 2), "labels": IDS}, 3),
+        ({"position_ids": torch.zeros(3, 2, 7), "inputs_embeds": torch.zeros(2, 7, 4), "input_ids": None}, 2),
+        ({"edge_index": torch.zeros(2, 9), "x": torch.zeros(8, 4), "labels": torch.zeros(3)}, 3),
+        ({"sigma": torch.zeros(3), "mask": torch.zeros(7, 3)}, 3),
+        ((torch.zeros(7, 3, 4), torch.zeros(3)), 3),
+        ([IDS, IDS, torch.zeros(3)], 3),
+    ],
+)
+def test_a_batch_that_shows_its_number_of_examples(batch, examples):
+    assert batch_size_of(batch) == (examples, True)
+
+
+@pytest.mark.parametrize(
+    ("batch", "examples"),
+    [
+        ({"text": "abc"}, None),
+        ([IDS, IDS[:2]], 3),
+        ({"edge_index": torch.zeros(2, 9), "x": torch.zeros(8, 4)}, 2),
+        ((torch.zeros(7, 3, 4), torch.zeros(4)), 7),
+    ],
+)
+def test_a_batch_that_does_not_show_its_number_of_examples(batch, examples):
+    assert batch_size_of(batch) == (examples, False)
+
+
+@pytest.mark.parametrize("name", ["waves", ["missing", "waves"], ("waves", 3)])
+def test_the_main_input_of_the_model_shows_the_number_of_examples(name):
+    batch = {"input_ids": torch.zeros(9, 7), "waves": IDS}
+    assert batch_size_of(batch, name) == (3, True)
+
+
+@pytest.mark.parametrize("name", [None, 5, {"waves": 1}, ["missing"], object()])
+def test_main_input_names_of_other_libraries_are_ignored(name):
+    assert batch_size_of({"waves": torch.zeros(9, 7), "input_ids": IDS}, name) == (3, True)

@@ -28,7 +28,13 @@ def _attention_shape(layer: Any) -> WeightShape:
     return WeightShape(3 * width, width, num_entries=4 * width**2, parameters_per_rank=6 * width)
 
 
-@register_layer_type(nn.MultiheadAttention, weight_shape=_attention_shape, needs_replay=True)
+def _batch_dimension(layer: Any) -> tuple[int, ...]:
+    return (0,) if base_layer_of(layer).batch_first else (1,)
+
+
+@register_layer_type(
+    nn.MultiheadAttention, weight_shape=_attention_shape, needs_replay=True, batch_dimensions=_batch_dimension
+)
 def measure_attention(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B), summed over `in_proj_weight` and `out_proj.weight`, which PEFT adapts at one rank.
 

@@ -1,7 +1,6 @@
 """Attribution of the rows of a layer's input to the examples of the batch, by documented rules."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -61,39 +60,3 @@ def concatenate_calls(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     if len(pairs) == 1:
         return pairs[0]
     return torch.cat([x for x, _ in pairs], dim=1), torch.cat([g for _, g in pairs], dim=1)
-
-
-def batch_size_of(batch: Any, main_input_name: str | None = None) -> int | None:
-    """Number of examples in a batch, which is a tensor or a nesting of mappings and sequences of tensors.
-
-    It is the leading dimension of the main input (`model.main_input_name` in transformers) if the batch has it, else
-    of the first tensor that has a dimension; `None` without such a tensor.
-    """
-    if main_input_name is not None and isinstance(batch, Mapping):
-        main_input = batch.get(main_input_name)
-        if isinstance(main_input, Tensor) and main_input.ndim > 0:
-            return main_input.shape[0]
-    return next((tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0), None)
-
-
-def loss_terms_of(batch: Any, batch_size: int | None) -> int | None:
-    """Number of terms that the loss of a batch is the mean of, or `batch_size` where the batch does not show it.
-
-    Integer labels of two or more dimensions, as `transformers` models take them, have one term for each label that is
-    not -100.
-    """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2:
-        return batch_size
-    return int((labels != -100).sum()) or batch_size
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        for value in batch:
-            yield from _tensors(value)

@@ -15,7 +15,7 @@ from .attribution import by_leading_dimension
 from .call import LayerCall
 from .components import AdaptedLayer, ComponentMoments, a_of, moments_of_positions, register_component_type
 from .entries_registry import register_entries
-from .registry import TargetLayer, WeightShape, base_layer_of, register_layer_type
+from .registry import TargetLayer, WeightShape, base_layer_of, leading_only, register_layer_type
 
 # By the number of spatial dimensions.
 _WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
@@ -34,7 +34,7 @@ def _convolution_shape(layer: Any) -> WeightShape:
     )
 
 
-@register_layer_type(nn.Conv1d, nn.Conv2d, nn.Conv3d, weight_shape=_convolution_shape)
+@register_layer_type(nn.Conv1d, nn.Conv2d, nn.Conv3d, weight_shape=_convolution_shape, batch_dimensions=leading_only)
 def measure_convolution(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B), in float32 or float64, from inputs (B × C_in × …) and gradients (B × C_out × …).
 

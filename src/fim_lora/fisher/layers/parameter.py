@@ -12,7 +12,7 @@ from ...runtime.offloading import onloaded
 from .attribution import UnattributableError
 from .call import LayerCall
 from .components import AdaptedLayer, ComponentMoments, moments_of_core_gradients, register_component_type, whole_layer
-from .registry import TargetLayer, WeightShape, register_layer_type
+from .registry import TargetLayer, WeightShape, leading_only, register_layer_type
 
 # Largest difference between the outputs of the two runs of a layer, relative to the norm. It is far above the
 # differences between kernels for different shapes in bfloat16, and far below those of rows of the wrong example.
@@ -26,7 +26,11 @@ def _parameter_shape(layer: Any) -> WeightShape:
 
 
 @register_layer_type(
-    "peft.tuners.lora.layer.ParamWrapper", weight_shape=_parameter_shape, needs_replay=True, all_outputs=True
+    "peft.tuners.lora.layer.ParamWrapper",
+    weight_shape=_parameter_shape,
+    needs_replay=True,
+    all_outputs=True,
+    batch_dimensions=leading_only,
 )
 def measure_parameter(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> Tensor:
     """`‖G_t‖²_F` (B) over all entries of the parameter: over all experts, if it holds several.

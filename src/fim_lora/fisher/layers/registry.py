@@ -10,6 +10,17 @@ from .call import LayerCall
 
 SquaredNorms = Callable[["TargetLayer", Sequence[LayerCall], int], Tensor]
 
+
+def leading_or_second(module: Any) -> tuple[int, ...]:
+    """`LayerType.batch_dimensions` of a layer of vectors or ids, whose input may have the sequence first."""
+    return (0, 1)
+
+
+def leading_only(module: Any) -> tuple[int, ...]:
+    """`LayerType.batch_dimensions` of a layer whose second dimension is never the batch, such as channels."""
+    return (0,)
+
+
 Observed = Literal["input", "output", "call", "all outputs"]
 """What is kept of a call until its gradients arrive; see `TargetLayer.observed`."""
 
@@ -61,12 +72,15 @@ class LayerType:
             the state of the random numbers; otherwise they have only the input and the gradient of the output.
         all_outputs: Whether `squared_norms` of a layer that needs replay uses the gradients of all outputs. Otherwise
             only the first output may have a gradient.
+        batch_dimensions: Function of the base layer, which returns those of the first two dimensions of its input
+            that may hold the examples.
     """
 
     squared_norms: SquaredNorms
     weight_shape: Callable[[Any], WeightShape]
     needs_replay: bool = False
     all_outputs: bool = False
+    batch_dimensions: Callable[[Any], tuple[int, ...]] = leading_or_second
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,16 @@ class TargetLayer:
             return "all outputs"
         return "call" if self.layer_type.needs_replay else "input"
 
+    @property
+    def is_run_again(self) -> bool:
+        """Whether the whole call is kept, to run it again."""
+        return self.observed in ("call", "all outputs")
+
+    @property
+    def batch_dimensions(self) -> tuple[int, ...]:
+        """Those of the first two dimensions of the input that may hold the examples."""
+        return self.layer_type.batch_dimensions(self.module)
+
 
 _LAYER_TYPES: dict[str, LayerType] = {}
 
@@ -99,6 +123,7 @@ def register_layer_type(
     weight_shape: Callable[[Any], WeightShape],
     needs_replay: bool = False,
     all_outputs: bool = False,
+    batch_dimensions: Callable[[Any], tuple[int, ...]] = leading_or_second,
 ) -> Callable[[SquaredNorms], SquaredNorms]:
     """Decorator that registers a function as `LayerType.squared_norms` of some classes and of their subclasses.
 
@@ -135,6 +160,7 @@ def register_layer_type(
             the hooks on their layers.
         needs_replay: See `LayerType.needs_replay`.
         all_outputs: See `LayerType.all_outputs`.
+        batch_dimensions: See `LayerType.batch_dimensions`; not a lambda either.
 
     Returns:
         The decorator, which returns the function unchanged.
@@ -143,7 +169,7 @@ def register_layer_type(
     def register(function: SquaredNorms) -> SquaredNorms:
         for layer_class in classes:
             name = layer_class if isinstance(layer_class, str) else _full_name(layer_class)
-            _LAYER_TYPES[name] = LayerType(function, weight_shape, needs_replay, all_outputs)
+            _LAYER_TYPES[name] = LayerType(function, weight_shape, needs_replay, all_outputs, batch_dimensions)
         return function
 
     return register

@@ -1,0 +1,74 @@
+"""The number of examples in a batch, and the number of terms of its loss."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# Names of inputs and labels, most reliable first, whose leading dimension is the batch in every model of transformers.
+# Positions, masks and indices can have other ones.
+_NAMES_WITH_EXAMPLES = (
+    *("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"),
+    *("pixel_values", "input_features", "input_values", "labels", "label", "targets", "target", "y"),
+)
+
+
+class BatchSize(NamedTuple):
+    """Examples in a batch, `None` if nothing shows them, and whether the batch leaves no other reading."""
+
+    examples: int | None
+    is_certain: bool
+
+
+def batch_size_of(batch: Any, main_input_name: Any = None) -> BatchSize:
+    """Number of examples in a batch, which is a tensor or a nesting of mappings and sequences of tensors.
+
+    It is the leading dimension of the main input (`model.main_input_name` in transformers) if the batch has it, else
+    of the first usual input or label in it, else that which all tensors have in common. Where tensors differ, it is
+    the length of those of one dimension if all others have it among their first two, such as labels of sequences that
+    come first; and otherwise the leading dimension of the first tensor, without certainty.
+
+    Args:
+        batch: The batch.
+        main_input_name: A name, or several. Anything else is ignored, because the attribute may belong to others.
+    """
+    if isinstance(batch, Mapping):
+        for name in (*_names(main_input_name), *_NAMES_WITH_EXAMPLES):
+            value = batch.get(name)
+            if isinstance(value, Tensor) and value.ndim > 0:
+                return BatchSize(value.shape[0], True)
+    shapes = [tensor.shape for tensor in _tensors(batch) if tensor.ndim > 0]
+    if not shapes:
+        return BatchSize(None, False)
+    lengths = {shape[0] for shape in shapes if len(shape) == 1}
+    if len(lengths) == 1 and all(lengths & set(shape[:2]) for shape in shapes):
+        return BatchSize(lengths.pop(), True)
+    return BatchSize(shapes[0][0], len({shape[0] for shape in shapes}) == 1)
+
+
+def loss_terms_of(batch: Any, batch_size: int | None) -> int | None:
+    """Number of terms that the loss of a batch is the mean of, or `batch_size` where the batch does not show it.
+
+    Integer labels of two or more dimensions, as `transformers` models take them, have one term for each label that is
+    not -100.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2:
+        return batch_size
+    return int((labels != -100).sum()) or batch_size
+
+
+def _names(main_input_name: Any) -> tuple[str, ...]:
+    names = (main_input_name,) if isinstance(main_input_name, str) else main_input_name
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, (tuple, list)) else ()
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        for value in batch:
+            yield from _tensors(value)

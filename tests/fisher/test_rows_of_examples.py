@@ -1,0 +1,333 @@
+"""Which rows of a layer belong to which example, where shapes do not say it; the truth is autograd in float64."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import fim_lora
+from fim_lora import FimConfig, initialize_lora_fim_ranks
+from helpers.calibration import assert_scores, scores_of
+from helpers.tiny_models import llama, token_batch
+
+
+def stacked_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+
+
+def pairs(size=4):
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(size, 5, generator=generator, dtype=torch.float64) for name in ("a", "b")}
+
+
+def squared_distances(first, second):
+    return (first - second).square().sum(1)
+
+
+def halves_in_one_pass(net, batch):
+    z = net(torch.cat([batch["a"], batch["b"]]))
+    return squared_distances(*z.chunk(2)).mean()
+
+
+def truth_of(loss_of_example, weights, size):
+    """`mean(G_t ∘ G_t)` for every example alone."""
+    values = {name: [] for name in weights}
+    for example in range(size):
+        gradients = torch.autograd.grad(loss_of_example(example), list(weights.values()))
+        for name, gradient in zip(weights, gradients, strict=True):
+            values[name].append(gradient.square().mean())
+    return {name: torch.stack(found) for name, found in values.items()}
+
+
+def truth_of_pairs(net, batch):
+    weights = {name: net.get_submodule(name).weight for name in ("0", "2")}
+
+    def loss(example):
+        return squared_distances(net(batch["a"][[example]]), net(batch["b"][[example]])).mean()
+
+    return truth_of(loss, weights, len(batch["a"]))
+
+
+def test_two_stacked_halves():
+    net, batch = stacked_net(), pairs()
+    truth = truth_of_pairs(net, batch)
+    assert_scores(scores_of(net, [batch], ["0", "2"], forward_fn=halves_in_one_pass), truth)
+
+
+def test_pairs_that_follow_each_other():
+    net, batch = stacked_net(), pairs()
+
+    def interleaved(net, batch):
+        z = net(torch.stack([batch["a"], batch["b"]], dim=1).flatten(0, 1)).unflatten(0, (-1, 2))
+        return squared_distances(z[:, 0], z[:, 1]).mean()
+
+    assert_scores(scores_of(net, [batch], ["0", "2"], forward_fn=interleaved), truth_of_pairs(net, batch))
+
+
+def test_later_batches_of_other_sizes():
+    net, batches = stacked_net(), [pairs(4), pairs(3), pairs(6)]
+    truths = [truth_of_pairs(net, batch) for batch in batches]
+    truth = {name: torch.cat([one[name] for one in truths]) for name in truths[0]}
+    assert_scores(scores_of(net, batches, ["0", "2"], forward_fn=halves_in_one_pass), truth)
+
+
+class Routed(nn.Module):
+    """An expert that sees only chosen rows; their number is a multiple of the batch by chance."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.expert = nn.Linear(5, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        hidden = self.first(x).flatten(0, 1)
+        chosen = hidden[:, 0].argsort(descending=True)[: 2 * len(x)]
+        output = hidden.new_zeros(len(hidden), 4).index_copy(0, chosen, self.expert(hidden[chosen]))
+        return output.unflatten(0, x.shape[:2])
+
+
+def test_rows_that_a_router_chose_belong_to_no_example():
+    torch.manual_seed(0)
+    net, x = Routed().double(), torch.randn(3, 6, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"could not be attributed to examples.*\['expert'\]"):
+        scores_of(net, [{"x": x}], ["first", "expert"], forward_fn=lambda net, b: net(b["x"]).square().mean())
+
+
+def test_the_batch_is_not_the_leading_dimension_of_the_first_tensor():
+    model = llama().double()
+    ids = token_batch(6, 8)
+    positions = torch.arange(8)[None]
+    embeds = model.get_input_embeddings()(ids["input_ids"]).detach()
+    names = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    first = {"position_ids": positions, "inputs_embeds": embeds, "labels": ids["labels"]}
+    last = {"inputs_embeds": embeds, "labels": ids["labels"], "position_ids": positions}
+    found, expected = (scores_of(model, [batch], names) for batch in (first, last))
+    assert next(iter(found.values())).num_examples == 6
+    for name in names:
+        assert found[name].mean == pytest.approx(expected[name].mean, rel=1e-12)
+
+
+def encoder_layer():
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0).double()
+
+
+@pytest.mark.parametrize("length", [3, 4, 6, 8])
+def test_sequences_first_of_any_length(length):
+    """Also with as many positions as examples, and a multiple of them."""
+    layer, x = encoder_layer(), torch.randn(length, 4, 8, dtype=torch.float64)
+    places = torch.linspace(0, 1, length, dtype=torch.float64)[:, None, None]  # the order of positions matters
+    y = torch.randn(4, 8, dtype=torch.float64)
+
+    def loss(layer, batch):
+        return (layer(batch["x"] + places)[-1] - batch["y"]).square().sum(1).mean()
+
+    weights = {name: layer.get_submodule(name).weight for name in ("linear1", "linear2")}
+    truth = truth_of(lambda t: loss(layer, {"x": x[:, [t]], "y": y[[t]]}), weights, 4)
+    found = scores_of(layer, [{"x": x, "y": y}], list(weights), forward_fn=loss)
+    assert_scores(found, truth)
+
+
+@pytest.mark.parametrize("length", [3, 4, 8])
+def test_ids_of_sequences_first(length):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 3)).double()
+    ids, y = torch.randint(0, 20, (length, 4)), torch.randn(4, 3, dtype=torch.float64)
+
+    def loss(net, batch):
+        weight = torch.arange(1.0, length + 1, dtype=torch.float64)[:, None, None]
+        return ((net(batch["ids"]) * weight).sum(0) - batch["y"]).square().sum(1).mean()
+
+    weights = {name: net.get_submodule(name).weight for name in ("0", "1")}
+    truth = truth_of(lambda t: loss(net, {"ids": ids[:, [t]], "y": y[[t]]}), weights, 4)
+    assert_scores(scores_of(net, [{"ids": ids, "y": y}], ["0", "1"], forward_fn=loss), truth)
+
+
+def test_nothing_tells_sequences_from_examples():
+    """Positions and examples of equal number, which no loss distinguishes."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 4)).double(), torch.randn(4, 4, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="could not be attributed to examples"):
+        scores_of(net, [{"x": x}], ["0"], forward_fn=lambda net, batch: net(batch["x"]).square().mean())
+
+
+def test_positions_that_all_examples_share():
+    class WithPositions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.out = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.out(x + self.positions(torch.arange(x.shape[1])))
+
+    torch.manual_seed(0)
+    net, x = WithPositions().double(), torch.randn(4, 4, 6, dtype=torch.float64)
+    y = torch.randn(4, 4, 3, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"could not be attributed to examples.*\['positions'\]"):
+        scores_of(
+            net,
+            [{"x": x, "labels": y}],
+            ["positions", "out"],
+            forward_fn=lambda net, batch: (net(batch["x"]) - batch["labels"]).square().mean(),
+        )
+
+
+def test_an_unambiguous_model_is_not_run_again():
+    model, calls = llama(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    scores_of(model, [token_batch(seed=0), token_batch(seed=1)], ["model.layers.0.self_attn.q_proj"])
+    assert len(calls) == 2
+
+
+def test_flattened_rows_cost_one_more_forward_pass():
+    calls = []
+    net = nn.Sequential(nn.Linear(5, 4))
+    net.register_forward_hook(lambda *_: calls.append(1))
+    batches = [{"x": torch.randn(4, 3, 5)} for _ in range(3)]
+    scores_of(net, batches, ["0"], forward_fn=lambda net, batch: net(batch["x"].view(-1, 5)).square().mean())
+    assert len(calls) == 4
+
+
+def test_random_losses_go_on_as_without_the_further_pass():
+    net = nn.Sequential(nn.Linear(5, 4))
+    noise = []
+
+    def loss(net, batch):
+        noise.append(torch.rand(()))
+        return (net(batch["x"].view(-1, 5)) + noise[-1]).square().mean()
+
+    torch.manual_seed(3)
+    scores_of(net, [{"x": torch.randn(4, 3, 5)}] * 2, ["0"], forward_fn=loss)
+    first, again, second = noise
+    torch.manual_seed(3)
+    torch.randn(4, 3, 5)
+    assert [first, second] == [torch.rand(()), torch.rand(())]
+    assert again == first
+
+
+# Loops of one's own
+
+
+class Pairs(nn.Sequential):
+    """A model that stacks its two inputs."""
+
+    def forward(self, first, second=None):
+        return super().forward(first if second is None else torch.cat([first, second]))
+
+
+def own_loop_model():
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights="fim", fim_config=FimConfig())
+    return get_peft_model(Pairs(*stacked_net()), config)
+
+
+def distance_of_pairs(model, batch):
+    return squared_distances(*model(batch["a"], batch["b"]).chunk(2)).mean()
+
+
+def scores_in_own_loop(model):
+    return initialize_lora_fim_ranks(model).scores
+
+
+def test_stacked_halves_in_a_loop_of_ones_own_warn():
+    model = own_loop_model()
+    distance_of_pairs(model, pairs()).backward()
+    with pytest.warns(UserWarning, match="2 layers could belong to the examples of a batch in several ways"):
+        scores_in_own_loop(model)
+
+
+@pytest.mark.parametrize(("rows", "is_right"), [("stacked", True), ("consecutive", False)])
+def test_declared_rows(rows, is_right):
+    model, batch = own_loop_model(), pairs()
+    truth = truth_of_pairs(stacked_net(), batch)
+    with fim_lora.calibration_batch(model, 4, rows=rows):
+        distance_of_pairs(model, batch).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = scores_in_own_loop(model)
+    right = {name: scores[name].mean == pytest.approx(value.mean().item(), rel=1e-6) for name, value in truth.items()}
+    assert set(right.values()) == {is_right}
+
+
+def batch_of_classes():
+    torch.manual_seed(1)
+    return torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def truth_of_classes(x, y):
+    net = stacked_net()
+    weights = {name: net.get_submodule(name).weight for name in ("0", "2")}
+    return truth_of(lambda t: F.cross_entropy(net(x[[t]]), y[[t]]), weights, len(x))
+
+
+def in_pieces(model, x, y):
+    return F.cross_entropy(torch.cat([model(piece) for piece in x.chunk(2)]), y)
+
+
+def test_pieces_of_a_batch_in_a_loop_of_ones_own_warn():
+    model = own_loop_model()
+    in_pieces(model, *batch_of_classes()).backward()
+    with pytest.warns(UserWarning, match="called several times before one backward pass"):
+        scores_in_own_loop(model)
+
+
+def test_declared_pieces_of_a_batch():
+    model, (x, y) = own_loop_model(), batch_of_classes()
+    with fim_lora.calibration_batch(model, len(x)):
+        in_pieces(model, x, y).backward()
+    assert_scores(scores_in_own_loop(model), truth_of_classes(x, y))
+
+
+def test_two_views_of_the_same_examples_are_exact():
+    model, batch = own_loop_model(), pairs()
+    with fim_lora.calibration_batch(model, 4):
+        squared_distances(model(batch["a"]), model(batch["b"])).mean().backward()
+    assert_scores(scores_in_own_loop(model), truth_of_pairs(stacked_net(), batch))
+
+
+def test_passes_without_gradient_before_those_with_gradient_do_not_count():
+    model, (x, y) = own_loop_model(), batch_of_classes()
+    with torch.no_grad():
+        for piece in x.split(4):
+            model(piece)
+    F.cross_entropy(model(x), y).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_scores(scores_in_own_loop(model), truth_of_classes(x, y))
+
+
+def test_an_unknown_order_of_rows():
+    with pytest.raises(ValueError, match=r"rows='mixed'.*'consecutive', 'stacked' or 'sequence-first'"):
+        fim_lora.calibration_batch(own_loop_model(), 4, rows="mixed").__enter__()
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5])
+def test_a_number_of_examples_that_is_none(number):
+    with pytest.raises(ValueError, match=f"num_examples must be a positive integer, got {number}"):
+        fim_lora.calibration_batch(own_loop_model(), number).__enter__()
+
+
+def test_declaring_after_the_allocation_changes_nothing():
+    model, batch = own_loop_model(), pairs()
+    with fim_lora.calibration_batch(model, 4, rows="stacked"):
+        distance_of_pairs(model, batch).backward()
+    scores_in_own_loop(model)
+    with fim_lora.calibration_batch(model, 4, rows="stacked"):
+        distance_of_pairs(model, batch).backward()
+
+
+def test_inputs_that_do_not_show_the_number_of_examples_warn():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, edges, nodes):
+            return self.layer(nodes + nodes[edges[0]].sum(0)).square().sum()
+
+    torch.manual_seed(0)
+    batch = {"edges": torch.randint(0, 6, (2, 9)), "nodes": torch.randn(6, 5)}
+    with pytest.warns(UserWarning, match="do not show how many examples they hold"):
+        scores_of(Graph(), [batch], ["layer"])
