@@ -331,3 +331,34 @@ def test_inputs_that_do_not_show_the_number_of_examples_warn():
     batch = {"edges": torch.randint(0, 6, (2, 9)), "nodes": torch.randn(6, 5)}
     with pytest.warns(UserWarning, match="do not show how many examples they hold"):
         scores_of(Graph(), [batch], ["layer"])
+
+
+# What else is measured on the rows of examples
+
+
+def halves_in_two_passes(net, batch):
+    return squared_distances(net(batch["a"]), net(batch["b"])).mean()
+
+
+def trained_adapter():
+    config = LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+    return get_peft_model(stacked_net(), config).double()
+
+
+def test_a_spectrum_of_stacked_halves():
+    stacked, separate = (
+        fim_lora.get_lora_spectrum(trained_adapter(), [pairs()], num_batches=1, forward_fn=forward_fn)
+        for forward_fn in (halves_in_one_pass, halves_in_two_passes)
+    )
+    for name, layer in separate.items():
+        assert layer.gates.shape[0] == 4
+        assert stacked[name].saliencies == pytest.approx(layer.saliencies, rel=1e-5), name
+
+
+def test_diagonals_of_stacked_halves():
+    stacked, separate = (
+        fim_lora.get_fim_diagonals(stacked_net(), [pairs()], ["0.weight", "2.weight"], num_batches=1, forward_fn=one)
+        for one in (halves_in_one_pass, halves_in_two_passes)
+    )
+    for name, diagonal in separate.items():
+        torch.testing.assert_close(stacked[name], diagonal, rtol=1e-6, atol=0)

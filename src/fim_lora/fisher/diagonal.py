@@ -65,9 +65,8 @@ class DiagonalSums:
     """Running sums of `G_t ∘ G_t`, one tensor of the shape of the weight for each layer. A `Statistic`.
 
     A second copy of every weight would be needed to hold a batch back until all of its gradients are known to be
-    finite. So `measure` adds to the sum at once, and `begin_batch` says before the backward pass whether the batch
-    counts. In a batch in which a gradient is not finite, the layers up to there, from the output of the model on, have
-    been added; all others are left out.
+    finite. So `measure` adds to the sum at once, if the loss is finite. In a batch in which a gradient is not finite,
+    the layers up to there, from the output of the model on, have been added; all others are left out.
 
     The result is what `mean` divides by. Processes exchange only the counts when they merge, because the sums are as
     large as the model; `mean` adds them up.
@@ -81,16 +80,15 @@ class DiagonalSums:
         self.counts = DiagonalCounts(dict.fromkeys(layers, 0))
         self.sums: dict[str, Tensor] = {}
         self.device = device
-        self._counts_batch = True
-
-    def begin_batch(self, counts: bool) -> None:
-        """Say whether the batch whose backward pass is next counts: if not, no layer is measured in it."""
-        self._counts_batch = counts
+        self._is_finite = True  # so far in the current batch
 
     def measure(self, layer: TargetLayer, calls: Sequence[LayerCall], rows: BatchRows) -> int:
         """Add one layer's share of the current batch to its sum, and return the number of examples: 0 if it is not."""
-        if not self._counts_batch or not all(_is_finite(call) for call in calls):
-            self._counts_batch = False  # gradients further down the backward pass come from this one
+        if not rows.counts:
+            return 0
+        has_finite_loss = rows.loss is None or bool(rows.loss.isfinite().all())
+        if not self._is_finite or not has_finite_loss or not all(_is_finite(call) for call in calls):
+            self._is_finite = False  # gradients further down the backward pass come from this one
             return 0
         if layer.name not in self.sums:
             self.sums[layer.name] = self._zeros(layer, calls[0].gradient)
@@ -106,7 +104,7 @@ class DiagonalSums:
         """Count a finished batch, for every layer but those whose gradients were not finite."""
         is_usable = loss is None or bool(loss.isfinite().all())
         left_out = {name for name, size in measured.items() if size == 0}
-        self._counts_batch = True
+        self._is_finite = True
         self.counts.num_batches += 1
         if not is_usable or left_out:
             self.counts.num_skipped_batches += 1

@@ -284,7 +284,8 @@ class Recorder(Generic[Measurement, Result]):
     def _measure(self, name: str, calls: list[LayerCall], current: Pass[Measurement]) -> Measurement:
         layer, x = self.layers[name], calls[0].input
         size = current.batch_size or (x.shape[0] if x.ndim > 1 else 1)
-        rows = BatchRows(size, size, self.num_batches, current.process, current.num_loss_terms or size)
+        terms = current.num_loss_terms or size
+        rows = BatchRows(size, size, self.num_batches, current.process, terms, current.counts, current.loss)
         was_paused, self.paused = self.paused, True  # a layer that is run again may contain watched layers
         try:
             return self.statistic.measure(layer, self._by_example(layer, calls, current, size), rows)

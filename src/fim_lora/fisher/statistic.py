@@ -26,6 +26,9 @@ class BatchRows:
         process: Number of this process.
         num_loss_terms: Terms that the back-propagated loss is the mean of: tokens with a label for a language model,
             B for a classifier, and B if it is not known.
+        counts: Whether the pass is a calibration batch. With FSDP and ZeRO-3 a process that has run out of batches
+            runs those of others, and `add` is not called for them.
+        loss: The loss (1), if it is known before the backward pass.
     """
 
     batch_size: int
@@ -33,6 +36,8 @@ class BatchRows:
     batch_index: int
     process: int
     num_loss_terms: int
+    counts: bool = True
+    loss: Tensor | None = None
 
 
 class Statistic(Protocol[Measurement, Result]):
