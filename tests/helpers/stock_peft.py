@@ -1,6 +1,7 @@
 """Runs code with stock PEFT in another process, where fim_lora is never imported and every warning is an error."""
 
-import os
+import functools
+import json
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,6 @@ import torch
 LOAD = """
 import sys, warnings
 warnings.simplefilter("ignore")
-sys.path.insert(0, {tests!r})
 import torch
 from helpers.tiny_models import llama, token_batch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,11 +24,19 @@ assert not any(name.startswith("fim_lora") for name in sys.modules)
 """
 
 
+@functools.cache
+def server():
+    """The process that runs the code. It ends with the tests, when its input is closed."""
+    command = [sys.executable, str(Path(__file__).with_name("stock_server.py"))]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def stock(body):
-    code = LOAD.format(tests=str(Path(__file__).parents[1]), body=textwrap.dedent(body))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
-    assert result.returncode == 0, result.stderr
-    return result
+    process = server()
+    process.stdin.write(json.dumps(LOAD.format(body=textwrap.dedent(body))) + "\n")
+    process.stdin.flush()
+    status, output = json.loads(process.stdout.readline())
+    assert status == 0, output
 
 
 def require_equal_outputs(model, logits, folder, tolerance):

@@ -3,6 +3,7 @@
 import os
 import warnings
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -101,3 +102,13 @@ def reward_trainer(folder, rows):
 def allocate(trainer, **options):
     torch.manual_seed(5)
     return initialize_lora_fim_ranks_for_trainer(trainer, show_progress_bar=False, **options)
+
+
+def assert_scores_are(allocation, truth, relative=1e-4):
+    assert set(allocation.scores) == set(truth)
+    assert allocation.num_examples == NUM_EXAMPLES
+    for name, values in truth.items():
+        assert allocation.scores[name].mean == pytest.approx(values.mean().item(), rel=relative)
+        assert allocation.scores[name].standard_error == pytest.approx(
+            values.std().item() / NUM_EXAMPLES**0.5, rel=relative
+        )
