@@ -1,8 +1,9 @@
 """Compare criteria for shrinking trained adapters, at equal size, in held-out loss.
 
 Adapters are trained by PEFT, at ranks 16 and 64, at a tuned and at the customary learning rate. Every criterion then
-truncates the same adapter, and the loss on the test split is measured. One result file for each adapter, so that a run
-can be interrupted and go on:
+truncates the same adapter, and the loss on the test split is measured. Beside them stands an adapter trained at
+that size. There is one result file for each adapter, to which missing criteria are added, so that a
+run can be interrupted and go on:
 
     pip download --no-deps --no-binary :all: plone.app.locales   # plone.po, the German text, is inside
     python benchmarks/compression.py --data FOLDER --encoder FOLDER --decoder FILE.gguf --work FOLDER
@@ -16,7 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from compression_criteria import CRITERIA, OURS, PARA, Adapter, Selection
-from compression_report import format_report, summary
+from compression_report import TRAINED_AT_SIZE, format_report, summary
 from compression_training import BENCHMARK_TASKS, CUSTOMARY_LEARNING_RATE, Run, Workshop
 from fim_lora.adapter.plain_adapter import plain_adapters
 from fim_lora.adapter.truncate import core_map, truncated_weights
@@ -41,47 +42,71 @@ TEST_EXAMPLES = {"banking77": 512, "gsm8k": 48, "german": 48}
 RESULTS = Path(__file__).parent / "results" / "compression"
 
 
-def measure(workshop: Workshop, run: Run, criteria: Sequence[str]) -> dict[str, Any]:
-    """Train the adapter of a run if needed, and measure every criterion at every size.
+def measure(workshop: Workshop, run: Run, criteria: Sequence[str], file: Path) -> None:
+    """Measure those criteria at every size that the result file of a run does not have, and add them to it.
 
-    Returns:
-        The content of the result file: losses as sums over batches, so that intervals can be computed.
+    The adapter is trained if needed. The file has losses as sums over batches, so that intervals can be computed.
     """
+    result = json.loads(file.read_text()) if file.exists() else {}
+    missing = [name for name in criteria if name not in result.get("criteria", {})]
+    if not missing:
+        return
     task = BENCHMARK_TASKS[run.task]
-    model = workshop.trained(run)
-    splits, pad = workshop.splits(task)
-    examples = sorted(splits.test[: TEST_EXAMPLES[run.task]], key=lambda example: len(example.input_ids))
-    test = list(batches(examples, 4 * task.batch_size, pad, torch.device("cpu")))
+    model, test = workshop.trained(run), _test_batches(workshop, run)
     layers = checked_layers(model, "default")
     start = time.perf_counter()
     adapter = _adapter(model, layers, workshop.calibration(run, CALIBRATION_BATCHES))
-    calibration_seconds = time.perf_counter() - start
-    whole = _losses(model, test, task.causal)
-    results: dict[str, dict[str, Any]] = {}
-    for name in criteria:
-        criterion = CRITERIA[name]
-        start = time.perf_counter()
-        selection = criterion(adapter)
-        seconds = time.perf_counter() - start
-        sizes = {str(size): _at_size(model, layers, adapter, selection, size, test, task.causal) for size in SIZES}
-        results[name] = {"seconds": seconds, "sizes": sizes}
-        print(
-            run.name,
-            name,
-            {size: round(_increase(one["losses"], whole), 4) for size, one in sizes.items()},
-            flush=True,
-        )
+    seconds = time.perf_counter() - start
+    result = result or _facts(workshop, run, adapter, seconds) | {"whole": _losses(model, test, task.causal)}
+    for name in missing:
+        if name == TRAINED_AT_SIZE:
+            found = {"sizes": {str(size): _trained_at(workshop, run, size, test) for size in SIZES}}
+        else:
+            found = _cut(model, layers, adapter, name, test, task.causal)
+        result["criteria"][name] = found
+        increases = {size: _increase(one["losses"], result["whole"]) for size, one in found["sizes"].items()}
+        print(run.name, name, {size: round(increase, 4) for size, increase in increases.items()}, flush=True)
+        file.write_text(json.dumps(result) + "\n")
+
+
+def _facts(workshop: Workshop, run: Run, adapter: Adapter, seconds: float) -> dict[str, Any]:
     facts = workshop.facts(run)
     return {
         "run": asdict(run),
         "parameters": adapter.num_parameters,
         "calibration_batches": CALIBRATION_BATCHES,
-        "calibration_seconds": calibration_seconds,
+        "calibration_seconds": seconds,
         "development": facts["development"],
         "development_before": facts["development_before"],
-        "whole": whole,
-        "criteria": results,
+        "criteria": {},
     }
+
+
+def _test_batches(workshop: Workshop, run: Run) -> list[Batch]:
+    task = BENCHMARK_TASKS[run.task]
+    splits, pad = workshop.splits(task)
+    examples = sorted(splits.test[: TEST_EXAMPLES[run.task]], key=lambda example: len(example.input_ids))
+    return list(batches(examples, task.batch_size, pad, torch.device("cpu")))
+
+
+def _trained_at(workshop: Workshop, run: Run, size: int, test: Sequence[Batch]) -> dict[str, Any]:
+    """The loss of an adapter of this size that was trained like that of the run."""
+    smaller = replace(run, r=run.r // size)
+    model = workshop.trained(smaller)
+    parameters = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
+    losses = _losses(model, test, BENCHMARK_TASKS[run.task].causal)
+    return {"parameters": parameters, "largest_rank": smaller.r, "losses": losses}
+
+
+def _cut(
+    model: Any, layers: Mapping[str, Any], adapter: Adapter, criterion: str, test: Sequence[Batch], causal: bool
+) -> dict[str, Any]:
+    """What a criterion keeps at every size, and the losses; with the seconds that the choice took."""
+    start = time.perf_counter()
+    selection = CRITERIA[criterion](adapter)
+    seconds = time.perf_counter() - start
+    sizes = {str(size): _at_size(model, layers, adapter, selection, size, test, causal) for size in SIZES}
+    return {"seconds": seconds, "sizes": sizes}
 
 
 def _adapter(model: Any, layers: Mapping[str, Any], calibration: Sequence[Batch]) -> Adapter:
@@ -148,6 +173,7 @@ def tuned_learning_rate(workshop: Workshop, task: str) -> float:
 
 def main() -> None:
     """The command line."""
+    compared = [*CRITERIA, TRAINED_AT_SIZE]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder with the data files and plone.po")
     parser.add_argument("--encoder", help="MiniLM: folder or hub id")
@@ -157,7 +183,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(BENCHMARK_TASKS), choices=list(BENCHMARK_TASKS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
+    parser.add_argument("--criteria", nargs="+", default=compared, choices=compared)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="only print the results")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -168,9 +194,7 @@ def main() -> None:
         workshop = Workshop(arguments.data, models, arguments.work)
         arguments.results.mkdir(parents=True, exist_ok=True)
         for run in planned_runs(workshop, arguments.tasks, arguments.ranks, arguments.seeds):
-            file = arguments.results / f"{run.name}.json"
-            if not file.exists():
-                file.write_text(json.dumps(measure(workshop, run, arguments.criteria)) + "\n")
+            measure(workshop, run, arguments.criteria, arguments.results / f"{run.name}.json")
     results = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
     found = summary(results, SIZES, OURS, PARA)
     print(json.dumps(found, indent=2) if arguments.json else format_report(found))

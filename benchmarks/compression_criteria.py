@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from fim_lora.adapter.plain_adapter import PlainAdapter
-from fim_lora.fisher.basis import Basis, basis_of, damped, gate_gradients, root_of_metric
+from fim_lora.fisher.basis import Basis, basis_of, damped, gate_gradients, root_of_metric, squared_norms
 from fim_lora.fisher.factors import AdapterMoments
-from fim_lora.ranks.truncation import by_layer, keep_within, order_of_components
+from fim_lora.ranks.truncation import by_layer, keep_within, order_of_components, priorities
+from fim_lora.spectrum import DAMPING
 
 Kept = dict[str, list[int]]
 
@@ -73,9 +74,17 @@ def _by_saliency(
     return Selection(bases, lambda budget: by_layer(keep_within(order, adapter.costs, budget), list(bases)))
 
 
-def gates_in_measured_basis(adapter: Adapter, damping: float) -> Selection:
-    """Gates in the K-FAC basis of some damping."""
+def fim_lora(adapter: Adapter, damping: float = DAMPING) -> Selection:
+    """Gates and norms in the K-FAC basis of some damping."""
     bases = adapter.measured_bases(damping)
+    gates = adapter.gate_saliencies(bases)
+    norms = {name: squared_norms(basis, *adapter.plain[name].metrics).sum(0) for name, basis in bases.items()}
+    return _by_saliency(adapter, bases, {name: priorities(gates[name], norms[name]).tolist() for name in bases})
+
+
+def gates_in_measured_basis(adapter: Adapter) -> Selection:
+    """Gates in the K-FAC basis, without the norms."""
+    bases = adapter.measured_bases(DAMPING)
     return _by_saliency(adapter, bases, adapter.gate_saliencies(bases))
 
 
@@ -149,8 +158,9 @@ OURS = "fim-lora"
 PARA = "PARA"
 
 CRITERIA: dict[str, Callable[[Adapter], Any]] = {
-    OURS: lambda adapter: gates_in_measured_basis(adapter, 1.0),
-    "without damping": lambda adapter: gates_in_measured_basis(adapter, 0.0),
+    OURS: fim_lora,
+    "without norms": gates_in_measured_basis,
+    "without damping": lambda adapter: fim_lora(adapter, 0.0),
     "gates alone": gates_alone,
     "K-FAC alone": kfac_alone,
     "fim-lora without data": weights_per_parameter,

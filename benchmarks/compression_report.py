@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2000
 
+TRAINED_AT_SIZE = "trained at this size"
+"""What stands in the result files in the place of a criterion for adapters that were trained at the smaller size."""
+
 Floats = NDArray[np.float64]
 
 
@@ -30,7 +33,8 @@ def summary(results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: st
 
     Returns:
         `increase_over_para`: size to `mean`, `ci95` and the tasks it is over. `tasks`: task to increases with
-        intervals by criterion and size, ratios by size, and the adapters.
+        intervals by criterion and size, ratios by size, and the adapters. `above_para`: adapters and sizes at which
+        the increase of `ours` is above that of the reference, with the interval of the difference over test batches.
     """
     by_task: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for result in results:
@@ -46,14 +50,31 @@ def summary(results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: st
         overall[size] = {"mean": mean, "ci95": _quantiles(draws), "tasks": usable}
     for found in tasks.values():
         del found["ratio_draws"]
-    return {"increase_over_para": overall, "tasks": tasks}
+    above = [one for result in results for size in sizes if (one := _above(result, size, ours, reference)) is not None]
+    return {"increase_over_para": overall, "tasks": tasks, "above_para": above}
+
+
+def _above(result: Mapping[str, Any], size: int, ours: str, reference: str) -> dict[str, Any] | None:
+    """By how much the increase of `ours` is above that of the reference, or `None` if it is not."""
+    mean = _increase(result, ours, str(size)) - _increase(result, reference, str(size))
+    if mean <= 0:
+        return None
+    first, second = (np.array(result["criteria"][name]["sizes"][str(size)]["losses"]) for name in (ours, reference))
+    generator = np.random.default_rng(0)
+    draws = []
+    for _ in range(RESAMPLES):
+        chosen = generator.integers(0, len(first), len(first))
+        (one, terms), (other, _) = first[chosen].sum(axis=0), second[chosen].sum(axis=0)
+        draws.append((one - other) / terms)
+    return dict(result["run"]) | {"size": size, "mean": mean, "ci95": _quantiles(np.array(draws))}
 
 
 def _task_summary(
     results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: str, reference: str
 ) -> dict[str, Any]:
     # Criteria that were left out for some adapters cannot be compared over all of them.
-    criteria = [name for name in results[0]["criteria"] if all(name in result["criteria"] for result in results)]
+    names = [name for name in results[0]["criteria"] if name != TRAINED_AT_SIZE]
+    criteria = [name for name in names if all(name in result["criteria"] for result in results)]
     increases: dict[str, dict[str, Any]] = {criterion: {} for criterion in criteria}
     ratios: dict[str, Any] = {}
     ratio_draws: dict[str, Floats] = {}
@@ -78,8 +99,9 @@ def _task_summary(
 
 def _adapter_row(result: Mapping[str, Any], sizes: Sequence[int], ours: str, reference: str) -> dict[str, Any]:
     row = dict(result["run"]) | {"loss": _loss(result["whole"])}
-    for name in (ours, reference):
-        row[name] = {str(size): _increase(result, name, str(size)) for size in sizes}
+    for key, name in {"ours": ours, "reference": reference, "trained": TRAINED_AT_SIZE}.items():
+        if name in result["criteria"]:
+            row[key] = {str(size): _increase(result, name, str(size)) for size in sizes}
     return row
 
 
@@ -126,7 +148,11 @@ def format_report(found: Mapping[str, Any]) -> str:
             lines.append(_row([criterion, *(_cell(by_size[size]) for size in sizes)]))
         lines += ["", *_ratio_lines(content, sizes), ""]
         lines += _adapter_lines(content, sizes)
-    lines += ["### Increase over PARA's", "", *_table(["size", "ratio, mean over tasks", "tasks"])]
+    lines += _trained_lines(found)
+    lines += ["### Above PARA's increase", "", *_table(["task", "adapter", "size", "difference"])]
+    for one in found["above_para"]:
+        lines.append(_row([one["task"], _label(one), f"1/{one['size']}", _cell(one)]))
+    lines += ["", "### Increase over PARA's", "", *_table(["size", "ratio, mean over tasks", "tasks"])]
     for size, one in found["increase_over_para"].items():
         lines.append(_row([f"1/{size}", _cell(one, 2, sign=False), ", ".join(one["tasks"])]))
     return "\n".join(lines)
@@ -147,11 +173,28 @@ def _ratio_lines(content: Mapping[str, Any], sizes: Sequence[str]) -> list[str]:
 def _adapter_lines(content: Mapping[str, Any], sizes: Sequence[str]) -> list[str]:
     lines = _table(["adapter", "held-out loss", *(f"1/{size}: fim-lora / PARA" for size in sizes)])
     for row in content["adapters"]:
-        ours, para = (row[name] for name in list(row)[-2:])
+        ours, para = row["ours"], row["reference"]
         cells = [f"{ours[size]:+.4f} / {para[size]:+.4f}" for size in sizes]
-        label = f"r = {row['r']}, rate {row['learning_rate']:g}, seed {row['seed']}"
-        lines.append(_row([label, f"{row['loss']:.4f}", *cells]))
+        lines.append(_row([_label(row), f"{row['loss']:.4f}", *cells]))
     return [*lines, ""]
+
+
+def _trained_lines(found: Mapping[str, Any]) -> list[str]:
+    """Adapters that were trained at the smaller size, against those that were cut to it."""
+    rows = [(task, row) for task, content in found["tasks"].items() for row in content["adapters"] if "trained" in row]
+    if not rows:
+        return []
+    sizes = list(rows[0][1]["trained"])
+    lines = ["### Trained at the smaller size, against cut to it without further training", ""]
+    lines += _table(["task", "adapter", *(f"1/{size}: trained / fim-lora" for size in sizes)])
+    for task, row in rows:
+        cells = [f"{row['trained'][size]:+.4f} / {row['ours'][size]:+.4f}" for size in sizes]
+        lines.append(_row([task, _label(row), *cells]))
+    return [*lines, ""]
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return f"r = {row['r']}, rate {row['learning_rate']:g}, seed {row['seed']}"
 
 
 def _cell(value: Mapping[str, Any], digits: int = 4, sign: bool = True) -> str:

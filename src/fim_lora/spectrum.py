@@ -11,6 +11,7 @@ import numpy as np
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from .adapter.adapted_part import adapted_part
 from .adapter.checks import require_active, require_compressible
 from .adapter.factors import outermost_wrappers
 from .adapter.lora_layers import adapter_layers
@@ -22,7 +23,7 @@ from .fisher.factors import AdapterMoments
 from .fisher.layers.components import AdaptedLayer, adapted_layer
 from .ranks.compressed import Compression
 from .ranks.spectrum import SHOWN_SHARES, LayerSpectrum, Spectrum, size_rows
-from .ranks.truncation import Component, agreement, keep_within, order_of_components
+from .ranks.truncation import Component, agreement, keep_within, order_of_components, priorities
 from .report.html import html_table
 from .report.matplotlib_extra import needs_matplotlib
 from .runtime.distributed import gather_from_all, run_on_all
@@ -102,7 +103,8 @@ def get_lora_spectrum(
     activations for each batch.
 
     Args:
-        model: A model with a trained LoRA adapter. The adapter has to be active.
+        model: A model with a trained LoRA adapter, or a module that holds such a model as a part. The adapter has to
+            be active.
         dataloader: Yields batches, see `initialize_lora_fim_ranks`; usually data like that of the training. `None`
             gives the components of the plain singular value decomposition of `ΔW`, ordered by their squared norm:
             without data, and blind to the loss.
@@ -117,10 +119,10 @@ def get_lora_spectrum(
         Layer name, as in the base model, to its components.
 
     Raises:
-        ValueError: If the adapter does not exist, is not an active LoRA adapter, still awaits its ranks, is merged, is
-            a variant of LoRA such as DoRA, or was initialized with a change of the base weights; if two layers share
-            their weights; if `num_batches` is below 1; if the dataloader is empty or its batches give no usable loss;
-            if without data the adapter is untrained.
+        ValueError: If the adapter does not exist, is in several parts of the model, is not an active LoRA adapter,
+            still awaits its ranks, is merged, is a variant of LoRA such as DoRA, or was initialized with a change of
+            the base weights; if two layers share their weights; if `num_batches` is below 1; if the dataloader is
+            empty or its batches give no usable loss; if without data the adapter is untrained.
         RuntimeError: If no batch had finite gradients, every gradient is zero, as for an untrained adapter, or another
             process failed.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
@@ -128,8 +130,9 @@ def get_lora_spectrum(
     model = unwrap_engine(model)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, or None, got {num_batches!r}.")
-    layers = run_on_all(lambda: checked_layers(model, adapter_name))
-    adapted = adapted_layers(model, layers, adapter_name)
+    part = run_on_all(lambda: adapted_part(model, adapter_name))
+    layers = run_on_all(lambda: checked_layers(part, adapter_name))
+    adapted = adapted_layers(part, layers, adapter_name)
     plain = plain_adapters(layers, adapter_name, with_roots=dataloader is None)
     if dataloader is None:
         spectrum = spectrum_of(adapted, plain, None, adapter_name)
@@ -191,7 +194,8 @@ def _layer_spectrum(layer: AdaptedLayer, plain: PlainAdapter, moments: AdapterMo
     else:
         basis = _damped_basis(plain, moments, layer.name)
         gates = _gates(basis, moments, layer.name)
-        order = np.argsort(-np.square(gates).mean(0), axis=1, kind="stable")
+        value = priorities(np.square(gates).mean(0), squared_norms(basis, *plain.metrics))
+        order = np.argsort(-value, axis=1, kind="stable")
         basis, gates = reordered(basis, order), np.take_along_axis(gates, order[None], axis=2).sum(1)
     weight = layer.weight_shape
     return LayerSpectrum(
@@ -246,7 +250,8 @@ class _HalvesAgree:
         return True
 
     def _order(self, moments: AdapterMoments, half: int) -> list[Component]:
-        saliencies = {}
+        values = {}
         for name, basis in self._bases.items():
-            saliencies[name] = np.square(_gates(basis, moments, name, half).sum(1)).mean(0).tolist()
-        return order_of_components(saliencies, self._costs)
+            saliencies = np.square(_gates(basis, moments, name, half).sum(1)).mean(0)
+            values[name] = priorities(saliencies, np.square(basis.singular_values).sum(0)).tolist()
+        return order_of_components(values, self._costs)

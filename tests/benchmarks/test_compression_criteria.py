@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.conversion import _find_cutoff_index
 
 from compression_criteria import CRITERIA, OURS, PARA, Adapter
-from compression_report import format_report, summary
+from compression_report import TRAINED_AT_SIZE, format_report, summary
 from fim_lora import get_lora_spectrum
 from fim_lora.adapter.plain_adapter import plain_adapters
 from fim_lora.adapter.truncate import core_map
@@ -108,3 +108,20 @@ def test_a_reference_within_its_noise_has_no_ratio():
     found = summary([result_of(0, {OURS: 0.1, PARA: -0.01})], SIZES, OURS, PARA)
     assert found["increase_over_para"] == {}
     assert "within noise" in format_report(found)
+
+
+def test_sizes_at_which_ours_is_above_the_reference_are_listed():
+    results = [result_of(0, {OURS: 0.3, PARA: 0.2}), result_of(1, {OURS: 0.1, PARA: 0.2})]
+    found = summary(results, SIZES, OURS, PARA)["above_para"]
+    assert [(one["seed"], one["size"]) for one in found] == [(0, 2), (0, 4)]
+    assert found[0]["mean"] == pytest.approx(0.1)
+    assert found[0]["ci95"] == pytest.approx([0.1, 0.1])
+
+
+def test_adapters_trained_at_the_size_have_a_table_of_their_own():
+    trained, without = {OURS: 0.1, PARA: 0.2, TRAINED_AT_SIZE: 0.05}, {OURS: 0.1, PARA: 0.2}
+    found = summary([result_of(0, trained), result_of(1, without)], SIZES, OURS, PARA)
+    assert TRAINED_AT_SIZE not in found["tasks"]["task"]["increases"]
+    table = format_report(found).partition("### Trained at the smaller size")[2].partition("###")[0]
+    assert "| task | r = 4, rate 0.1, seed 0 | +0.0500 / +0.1000 | +0.0500 / +0.1000 |" in table
+    assert "seed 1" not in table

@@ -19,8 +19,8 @@ def require_removable(
 ) -> None:
     """Refuse a removal after which PEFT could not load the rest of the adapter.
 
-    Raises `ValueError` if another adapter shares a parameter's wrapper, or the targets of `config` match other layers
-    than `kept`.
+    Raises `ValueError` if another adapter shares a parameter's wrapper, if the targets of `config` match other layers
+    than `kept`, or if PEFT refuses them, as it does for a parameter after a `Conv1D`.
     """
     for name, layer in removed.items():
         others = sorted(set(layer.r) - {adapter_name})
@@ -29,7 +29,14 @@ def require_removable(
                 f"Parameter {name!r} got rank 0, but adapter {others[0]!r} adapts it too, and PEFT distinguishes "
                 "parameters by the order in which they are wrapped: use r_min=1, or delete the other adapter first."
             )
-    different = sorted(set(resolve_targets(model, config)) ^ set(kept))
+    try:
+        resolved = resolve_targets(model, config)
+    except ValueError as error:
+        raise ValueError(
+            f"PEFT could not load the adapter without the layers of rank 0, {sorted(removed)}: {error} Keep at least "
+            "one rank in them: use r_min=1 before the training, or a larger size after it."
+        ) from error
+    different = sorted(set(resolved) ^ set(kept))
     if different:
         raise ValueError(
             f"Without the layers of rank 0, PEFT would adapt other layers than intended: {different}. Use r_min=1."

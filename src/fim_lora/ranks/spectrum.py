@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ..runtime.atomic import write_json
 from ..runtime.checked_json import read_json, require_integer, require_layer_name, require_number
-from .truncation import Component, Kept, by_layer, keep_within, order_of_components
+from .truncation import Component, Kept, by_layer, keep_within, order_of_components, priorities
 
 Array = npt.NDArray[np.float32]
 
@@ -56,7 +56,7 @@ class SizePoint:
 
 @dataclass(frozen=True, eq=False)
 class LayerSpectrum:
-    """The components of the adapter of one layer, the most salient first.
+    """The components of the adapter of one layer, those to keep first at the beginning.
 
     An adapter of P parts (experts, groups, the two of an attention) has as many components as each part has ranks:
     component j consists of the j-th of every part, because PEFT gives all parts one rank.
@@ -108,6 +108,11 @@ class LayerSpectrum:
         if self.gates is None:
             return [float(value) for value in self.squared_norms]
         return [float(value) for value in np.square(self.gates, dtype=np.float64).mean(0) / 2]
+
+    @property
+    def priorities(self) -> list[float]:
+        """What the components are ordered by, from their saliencies and norms; see `truncation.priorities`."""
+        return [float(value) for value in priorities(self.saliencies, self.squared_norms)]
 
     @property
     def standard_errors(self) -> list[float] | None:
@@ -191,12 +196,11 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         return sum(layer.parameters_per_rank * layer.rank for layer in self.values())
 
     def order(self, at_least: Mapping[str, int] | None = None) -> list[Component]:
-        """All components, those to keep first at the beginning: by saliency per parameter, over all layers.
+        """All components, those to keep first at the beginning: by priority per parameter, over all layers.
 
         `at_least` maps layer names to a number of components that come before all others.
         """
-        saliencies = {name: layer.saliencies for name, layer in self.items()}
-        return order_of_components(saliencies, self.costs, at_least)
+        return order_of_components({name: layer.priorities for name, layer in self.items()}, self.costs, at_least)
 
     def keep(self, parameters: int, *, r_max: int | None = None, at_least: Mapping[str, int] | None = None) -> Kept:
         """The components of an adapter of at most this many parameters, without a rank above `r_max`."""

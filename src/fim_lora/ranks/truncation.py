@@ -5,7 +5,13 @@ knows (LeCun, Denker and Solla 1989, Optimal Brain Damage, equation 5), and save
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numpy.typing import ArrayLike
+
+Array = npt.NDArray[Any]
 
 
 class Component(NamedTuple):
@@ -19,16 +25,27 @@ Kept = dict[str, list[int]]
 """Layer name to the numbers of its kept components, in rising order; an empty list for a layer without any."""
 
 
+def priorities(saliencies: ArrayLike, squared_norms: ArrayLike) -> Array:
+    """What components are ordered by: the geometric mean of their saliency and of their squared norm, `‖ΔW_j‖²_F`.
+
+    The saliency knows what a component is worth to the loss, but only near the trained adapter. The norm knows how far
+    a cut moves the weights, which is all that PARA (arXiv:2604.27796) asks. Deep cuts leave the place where the
+    Fisher information was measured, and the mean of both is better there than each of them; see
+    `benchmarks/compression.py`. Without data the saliency is the squared norm.
+    """
+    return np.sqrt(np.asarray(saliencies, np.float64) * np.asarray(squared_norms, np.float64))
+
+
 def order_of_components(
-    saliencies: Mapping[str, Sequence[float]], costs: Mapping[str, int], at_least: Mapping[str, int] | None = None
+    values: Mapping[str, Sequence[float]], costs: Mapping[str, int], at_least: Mapping[str, int] | None = None
 ) -> list[Component]:
-    """All components in the order in which they should be kept: by falling saliency per parameter.
+    """All components in the order in which they should be kept: by falling value per parameter.
 
     Taking them in this order until a budget is used is optimal up to one component (Dantzig 1957, for the knapsack
-    problem). Ties go to the layer that is named first.
+    problem), if the loss falls by the sum of the values that are dropped. Ties go to the layer that is named first.
 
     Args:
-        saliencies: Layer name to the saliency of each of its components.
+        values: Layer name to the value of each of its components, such as its priority.
         costs: Layer name to the parameters of one of its components.
         at_least: Layer name to the number of components that it has to keep, which come first. By default 0.
 
@@ -36,12 +53,12 @@ def order_of_components(
         The components.
     """
     order = []
-    for position, (name, of_layer) in enumerate(saliencies.items()):
-        by_saliency = sorted(range(len(of_layer)), key=[-saliency for saliency in of_layer].__getitem__)
-        required = set(by_saliency[: (at_least or {}).get(name, 0)])
+    for position, (name, of_layer) in enumerate(values.items()):
+        by_value = sorted(range(len(of_layer)), key=[-value for value in of_layer].__getitem__)
+        required = set(by_value[: (at_least or {}).get(name, 0)])
         order += [
             ((number not in required, -of_layer[number] / costs[name], position, number), Component(name, number))
-            for number in by_saliency
+            for number in by_value
         ]
     return [component for _, component in sorted(order)]
 
