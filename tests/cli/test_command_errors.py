@@ -1,16 +1,25 @@
 """Errors of the command: one line, and an exit code."""
 
+import shutil
 import subprocess
 import sys
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
-from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import fim_lora
 import fim_lora.cli.models
 from fim_lora_command import main
-from helpers.cli_inputs import allocate, error_line, files, save_llama, texts, word_tokenizer, write_jsonl
+from helpers.cli_inputs import allocate, compress, error_line, files, save_llama, texts, word_tokenizer, write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -127,6 +136,62 @@ def test_more_tokens_than_positions(bert, tmp_path, capsys):
     assert allocate(bert, path, tmp_path / "out", "--task", "seq-cls") == 1
     assert "give --max-length 16" in capsys.readouterr().err
     assert allocate(bert, path, tmp_path / "out", "--task", "seq-cls", "--max-length", 16) == 0
+
+
+def test_positions_of_roberta_begin_after_the_padding(tmp_path, capsys):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=60, max_position_embeddings=18, pad_token_id=1, **sizes)
+    model = RobertaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    model(input_ids=torch.full((1, 16), 5))
+    with pytest.raises((IndexError, RuntimeError), match="index"):
+        model(input_ids=torch.full((1, 17), 5))
+    rows = [{"text": text, "label": label} for text, label in zip(texts(4, 20), "abab", strict=True)]
+    path = write_jsonl(tmp_path / "long.jsonl", rows)
+    capsys.readouterr()
+    assert allocate(tmp_path / "model", path, tmp_path / "out", "--task", "seq-cls", "--max-length", 17) == 1
+    assert "has 17 tokens, but the model has 16 positions: give --max-length 16" in capsys.readouterr().err
+    assert allocate(tmp_path / "model", path, tmp_path / "out", "--task", "seq-cls", "--max-length", 16) == 0
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A Hub that does not answer, and a user who did not ask to work offline."""
+    endpoint = "http://127.0.0.1:9"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    for settings in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
+    return endpoint
+
+
+def test_names_without_a_hub(llama, data, adapter, unreachable, tmp_path, capsys):
+    message = (
+        "nothing cannot be loaded: there is no such file or folder, the cache of the Hub does not have it, and "
+        f"{unreachable} cannot be reached"
+    )
+    for run in (
+        lambda: allocate("nobody/nothing", data, tmp_path / "out"),
+        lambda: allocate("nothing", data, tmp_path / "out"),
+        lambda: allocate(llama, "nobody/nothing", tmp_path / "out"),
+        lambda: compress("nobody/nothing", data, tmp_path / "out", "--keep", 0.5),
+        lambda: compress(adapter, "nobody/nothing", tmp_path / "out", "--keep", 0.5),
+        lambda: compress(adapter, data, tmp_path / "out", "--keep", 0.5, "--model", "nobody/nothing"),
+        lambda: compress(adapter, data, tmp_path / "out", "--keep", 0.5, "--eval-data", "nobody/nothing"),
+    ):
+        assert run() == 1
+        assert message in error_line(capsys)
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
+        assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_model_in_the_cache_needs_no_hub(llama, data, unreachable, tmp_path, monkeypatch):
+    cached = tmp_path / "hub" / "models--nobody--tiny"
+    shutil.copytree(llama, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert allocate("nobody/tiny", data, tmp_path / "out") == 0
 
 
 def test_targets_that_are_not_there(llama, data, tmp_path, capsys):

@@ -74,7 +74,7 @@ def test_not_an_adapter(llama, data, adapter, tmp_path, capsys):
     capsys.readouterr()
     for name, message in {
         tmp_path / "nope": "no such folder. Give a folder of save_pretrained with a trained LoRA adapter",
-        "nobody/nothing": "nobody/nothing is not a folder, and cannot be loaded from the Hub",
+        "nobody/nothing": "nobody/nothing cannot be loaded: there is no such file or folder, the cache of the Hub",
         tmp_path / "notes.txt": "is not a folder. Give a folder of save_pretrained",
         tmp_path / "empty": "is not an adapter: it has no adapter_config.json",
         llama: "is a model, not an adapter",

@@ -6,6 +6,7 @@ import random
 
 import datasets
 import pytest
+import trl
 
 from fim_lora.cli.data import find_columns, load_data
 from fim_lora.cli.errors import CommandError
@@ -166,6 +167,112 @@ def test_bad_messages(tmp_path, messages, message):
         features(data, tokenizer=word_tokenizer(CHAT_TEMPLATE))
 
 
+TOOLS_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% for key in tool.function.parameters.properties %}"
+    "{{ key }} {% endfor %}{% endfor %}{% if tools is not none and not tools %}w39 {% endif %}"
+    "{% if polite %}{{ greeting }} {% endif %}" + CHAT_TEMPLATE
+)
+
+
+def tool(name, *properties):
+    schema = {"type": "object", "properties": {key: {"type": "string"} for key in properties}}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+def rendered_by_trl(row, tokenizer):
+    """Token ids of a row, from the function of TRL."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) and tools else tools
+    example = {key: value for key, value in row.items() if key != "tools"}
+    return tokenizer(trl.apply_chat_template(example, tokenizer, tools=tools)["text"])["input_ids"]
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_chat_template_gets_tools_and_arguments_as_in_trl(tmp_path, as_text, suffix):
+    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    tools = [[tool("w3", "w4")], [tool("w5", "w6", "w7"), tool("w3", "w4")], [], None]
+    arguments = {"polite": True, "greeting": "w8"}
+    rows = [{"messages": messages, "tools": json.dumps(one) if as_text and one else one} for one in tools]
+    if as_text:
+        rows[2]["tools"] = "[]"
+    rows = [row | {"chat_template_kwargs": arguments} for row in rows]
+    data = load(write_rows(tmp_path / f"data{suffix}", rows))
+    assert data.columns == {"messages": "messages", "tools": "tools", "chat_template_kwargs": "chat_template_kwargs"}
+    tokenizer = word_tokenizer(TOOLS_TEMPLATE)
+    found = sorted(feature["input_ids"] for feature in features(data, tokenizer=tokenizer))
+    assert found == sorted(rendered_by_trl(row, tokenizer) for row in rows)
+    assert any(ids("w5", "w6", "w7", "w3", "w4", "w8") == one[:6] for one in found)
+
+
+def test_tools_may_have_another_column_and_a_chat_none(tmp_path):
+    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    path = write_jsonl(tmp_path / "data.jsonl", [{"messages": messages, "functions": [tool("w3")]}])
+    tokenizer = word_tokenizer(TOOLS_TEMPLATE)
+    [without] = features(load(path), tokenizer=tokenizer)
+    [with_tools] = features(load(path, tools="functions"), tokenizer=tokenizer)
+    assert with_tools["input_ids"] == ids("w3") + without["input_ids"]
+    with pytest.raises(CommandError, match="no column 'tool' for the role 'tools'"):
+        load(path, tools="tool")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tools": "[{"}, "The tools of row 1 of .* are not valid JSON"),
+        ({"tools": "{}"}, "The tools of row 1 of .* are not a list of JSON schemas but dict"),
+        ({"tools": ["w3"]}, "are not a list of JSON schemas but list"),
+        ({"chat_template_kwargs": ["x"]}, "The chat_template_kwargs of row 1 of .* are not a dictionary"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "cannot render row 1 of .*tokenize"),
+    ],
+)
+def test_bad_tools(tmp_path, values, message):
+    row = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]} | values
+    data = load(write_jsonl(tmp_path / "data.jsonl", [row]))
+    with pytest.raises(CommandError, match=message):
+        features(data, tokenizer=word_tokenizer(TOOLS_TEMPLATE))
+
+
+def test_keys_that_arrow_adds_are_not_rendered(tmp_path):
+    calls = [{"function": {"name": "w3", "arguments": {"w4": "w5"}}}, {"function": {"name": "w6", "arguments": {}}}]
+    rows = [{"messages": [{"role": "assistant", "content": "w1", "tool_calls": [call]}]} for call in calls]
+    template = (
+        "{{ messages[0].content }}{% for call in messages[0].tool_calls %} {{ call.function.name }}"
+        "{% for key in call.function.arguments %} {{ key }}{% endfor %}{% endfor %}"
+    )
+    data = load(write_rows(tmp_path / "data.parquet", rows))
+    found = sorted(feature["input_ids"] for feature in features(data, tokenizer=word_tokenizer(template)))
+    assert found == [ids("w1", "w3", "w4"), ids("w1", "w6")]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"),
+    [([["a"], ["b"]], "List"), ([{"x": 1}, {"x": 2}], "dict"), ([["a", "b"], []], "List"), ([b"a", b"b"], "binary")],
+)
+def test_labels_that_are_not_single_values(tmp_path, labels, kind):
+    path = tmp_path / "data.parquet"
+    datasets.Dataset.from_dict({"text": ["w1", "w2"], "label": labels}).to_parquet(path)
+    with pytest.raises(CommandError, match=f"Column 'label' of .* holds {kind}: labels must be strings or integers"):
+        load(path, "seq-cls")
+
+
+def test_labels_of_several_types(tmp_path):
+    rows = [{"text": "w1", "label": "a"}, {"text": "w2", "label": 3}]
+    with pytest.raises(CommandError, match=r"data.jsonl") as error:
+        load(write_jsonl(tmp_path / "data.jsonl", rows), "seq-cls")
+    assert "no kernel" not in str(error.value)
+
+
+def test_texts_of_one_token_need_another_advice_than_long_prompts(tmp_path, capsys):
+    tokenizer = word_tokenizer(eos_token=None)
+    one = load(write_jsonl(tmp_path / "one.jsonl", [{"text": "w1"}]))
+    with pytest.raises(CommandError, match="within 3 tokens: a text needs two tokens or more"):
+        features(one, max_length=3, tokenizer=tokenizer)
+    both = load(write_jsonl(tmp_path / "both.jsonl", [{"text": "w1"}, {"text": "w1 w2"}]))
+    features(both, max_length=3, tokenizer=tokenizer)
+    assert "a text needs two tokens or more, or remove such rows" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("labels", "sorted_labels"), [(["no", "yes", "no"], ["no", "yes"]), ([5, 2, 5], [2, 5]), ([0, 1, 0], [0, 1])]
 )
@@ -273,6 +380,14 @@ def test_unknown_columns_are_listed_with_the_way_out():
         find_columns("data", ["question", "answer"], "causal-lm", {})
     with pytest.raises(CommandError, match="no column 'nope' for the role 'text': choose one of 'a', 'b'"):
         find_columns("data", ["a", "b"], "causal-lm", {"text": "nope"})
+    with pytest.raises(CommandError, match=r"Join 'Instruction' and 'input' into one column, prompt.*='output'"):
+        find_columns("data", ["Instruction", "input", "output"], "causal-lm", {})
+    with pytest.raises(CommandError, match="--column prompt='instruction' --column completion='output'"):
+        find_columns("data", ["id", "output", "instruction"], "causal-lm", {})
+    with pytest.raises(CommandError, match="--column text='sentence' --column label='category'"):
+        find_columns("data", ["id", "category", "sentence"], "seq-cls", {})
+    with pytest.raises(CommandError, match="Name the columns to use: --column text=NAME --column label=NAME"):
+        find_columns("data", ["id", "x"], "seq-cls", {})
     with pytest.raises(CommandError, match="--task causal-lm needs"):
         find_columns("data", ["text", "label"], "causal-lm", {"label": "label"})
     with pytest.raises(CommandError, match="from its first line"):

@@ -32,11 +32,13 @@ def server():
 
 
 def stock(body):
+    """What the code prints."""
     process = server()
     process.stdin.write(json.dumps(LOAD.format(body=textwrap.dedent(body))) + "\n")
     process.stdin.flush()
     status, output = json.loads(process.stdout.readline())
     assert status == 0, output
+    return output
 
 
 def require_equal_outputs(model, logits, folder, tolerance):

@@ -15,6 +15,7 @@ from ..config import BASE_CHANGING_INITIALIZATIONS
 from .adapter_config import read_lora_config
 from .errors import CommandError, warn
 from .file_hash import sha256
+from .hub import hub_lookup
 from .models import PEFT_TASK_TYPES, Task, looks_like_path, named
 from .output import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -124,7 +125,8 @@ def _folder_of(name: str) -> Path:
     if looks_like_path(name):
         raise CommandError(f"{name}: no such folder. {_GIVE_AN_ADAPTER}")
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
+        with hub_lookup(name):
+            return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
     except (OSError, ValueError) as error:
         raise CommandError(f"{name} is not a folder, and cannot be loaded from the Hub: {error}") from error
 

@@ -16,6 +16,7 @@ from ..ranks.compressed import COMPRESSION_FILE
 from ..report.rank_map import draw_rank_map
 from ..runtime.atomic import staged_files
 from ..scoring import get_fim_scores
+from .classes import with_classes_of_model
 from .data import CalibrationData, load_data
 from .errors import quiet_libraries
 from .models import (
@@ -55,6 +56,7 @@ class AllocateOptions:
     dtype: str
     device: torch.device
     seed: int
+    trust_remote_code: bool
     serving: bool
 
 
@@ -62,12 +64,12 @@ def allocate(options: AllocateOptions) -> None:
     """Calibrate, allocate, write the output folder and print the summary."""
     show_progress_bars = sys.stderr.isatty()
     require_writable(options.output, options.overwrite, foreign=COMPRESSION_FILE)
-    source = find_model(options.model)
+    source = find_model(options.model, options.trust_remote_code)
     config = copy.copy(options.lora_config)
     seconds: dict[str, float] = {}
     with quiet_libraries(show_progress_bars):
         with timed(seconds, "loading"):
-            data = load_data(options.data, options.split, options.subset, options.task, options.column_names)
+            data = _load_data(options, source)
             tokenizer = load_tokenizer(source)
         with timed(seconds, "tokenizing"):
             count = config.fim_config.fim_calibration_batches * options.batch_size
@@ -89,6 +91,13 @@ def allocate(options: AllocateOptions) -> None:
     new_config = allocation.to_lora_config(config, serving=options.serving)
     _write(options, allocation, new_config, _provenance(options, source, model, data))
     print_summary(allocation, _facts(options, model, data, examples, seconds))
+
+
+def _load_data(options: AllocateOptions, source: ModelSource) -> CalibrationData:
+    """The data, with its labels in the order of the model's head."""
+    data = load_data(options.data, options.split, options.subset, options.task, options.column_names)
+    source.announce_code()
+    return with_classes_of_model(data, source) if options.task == "seq-cls" else data
 
 
 def _write(

@@ -38,12 +38,14 @@ from .options import (
     Seed,
     Split,
     Subset,
+    TrustRemoteCode,
     column_names,
     device_of,
     require_choice,
     wrong_usage,
 )
 from .output import RANK_MAP, read_result, require_writable_file
+from .remote_code import no_questions
 from .summary import print_summary
 
 _REGEX_CHARACTERS = frozenset(r"\^$*+?{}[]()|")
@@ -65,7 +67,7 @@ app = typer.Typer(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, report any error in one line, and return the exit code."""
     try:
-        with warnings_as_lines():
+        with warnings_as_lines(), no_questions():
             code = app(args=arguments, prog_name="fim-lora", standalone_mode=False)
     except typer.Abort:
         return report_error(KeyboardInterrupt())
@@ -138,6 +140,7 @@ def _allocate(
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = None,
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     serving: _Serving = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -168,6 +171,7 @@ def _allocate(
         dtype=dtype,
         device=device_of(device),
         seed=seed,
+        trust_remote_code=trust_remote_code,
         serving=serving,
     )
     allocate(options)
@@ -232,6 +236,7 @@ def _compress(
     dtype: Dtype = DEFAULT_DTYPE,
     device: Device = None,
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Shrink a trained adapter with the least increase of the loss; the result is an ordinary adapter."""
@@ -264,6 +269,7 @@ def _compress(
         dtype=dtype,
         device=device_of(device),
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
     compress(options)
 

@@ -12,16 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ..spectrum import MAX_BATCHES
 from .adapter_source import AdapterSource, task_of
-from .classes import with_classes
+from .classes import Head, class_names, with_classes, with_same_classes
 from .data import CalibrationData, load_data
 from .errors import CommandError
 from .models import (
     ModelSource,
     Task,
-    class_names,
     find_model,
     load_tokenizer,
     prepared_model,
+    read_config,
     read_model,
     require_fitting_tokens,
 )
@@ -59,6 +59,7 @@ class CompressOptions:
     dtype: str
     device: torch.device
     seed: int
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,12 @@ def read_inputs(
     task = task_of(source, options.task)
     with timed(seconds, "loading"):
         base = _find_base(options, source)
+        base.announce_code()
         data, evaluation = _load_data(options, task)
         classes: Sequence[str] = ()
         if task == "seq-cls":
             data, evaluation, classes = _with_classes(source, base, data, evaluation)
-        tokenizer = None if data is evaluation is None else _load_tokenizer(source, base)
+        tokenizer = None if data is evaluation is None else _load_tokenizer(options, source, base)
 
     def tokenized(part: CalibrationData | None, num_batches: int | None) -> Tokenized | None:
         if part is None or tokenizer is None:
@@ -124,12 +126,12 @@ def load_adapted_model(
 
 def _find_base(options: CompressOptions, source: AdapterSource) -> ModelSource:
     if options.model is not None:
-        return find_model(options.model)
+        return find_model(options.model, options.trust_remote_code)
     name = source.config.base_model_name_or_path
     if not isinstance(name, str) or not name:
         raise CommandError(f"{source.name} does not name its base model: give it as --model.")
     with _hint_at_base(source, ModelSource(name, name)):
-        base = find_model(name)
+        base = find_model(name, options.trust_remote_code)
     is_on_hub = not Path(base.location).exists()
     return replace(base, revision=source.config.revision) if is_on_hub else base
 
@@ -156,23 +158,29 @@ def _with_classes(
     source: AdapterSource, base: ModelSource, data: CalibrationData | None, evaluation: CalibrationData | None
 ) -> tuple[CalibrationData | None, CalibrationData | None, Sequence[str]]:
     """Both with the same order of labels, and the names of the classes."""
+    head = _head(source, base)
+    if data is not None:
+        data = with_classes(data, head)
+        evaluation = None if evaluation is None else with_same_classes(evaluation, data, head)
+        return data, evaluation, data.label_names
+    if evaluation is not None:
+        evaluation = with_classes(evaluation, head)
+        return data, evaluation, evaluation.label_names
+    return data, evaluation, [str(number) for number in range(head.num_classes)]
+
+
+def _head(source: AdapterSource, base: ModelSource) -> Head:
+    """The head that is saved with the adapter. Its outputs may have other names than those of the base model."""
     with _hint_at_base(source, base):
-        names = class_names(base)
-    num_classes = source.num_classes or len(names)
-    if data is None:
-        evaluation = None if evaluation is None else with_classes(evaluation, num_classes, names)
-        labeled = evaluation
-    else:
-        labeled = data = with_classes(data, num_classes, names)
-        if evaluation is not None:
-            evaluation = replace(evaluation, labels=data.labels, label_names=data.label_names)
-    classes = [str(number) for number in range(num_classes)] if labeled is None else labeled.label_names
-    return data, evaluation, classes
+        names = class_names(read_config(base))
+    return Head("the adapter's head", source.num_classes or len(names), names, is_named=False)
 
 
-def _load_tokenizer(source: AdapterSource, base: ModelSource) -> PreTrainedTokenizerBase:
+def _load_tokenizer(options: CompressOptions, source: AdapterSource, base: ModelSource) -> PreTrainedTokenizerBase:
     """The one that is saved with the adapter, as trainers do, or that of the base model."""
     if source.has_tokenizer:
-        return load_tokenizer(ModelSource(source.name, str(source.folder)))
+        saved = ModelSource(source.name, str(source.folder), trust_remote_code=options.trust_remote_code)
+        saved.announce_code()
+        return load_tokenizer(saved)
     with _hint_at_base(source, base):
         return load_tokenizer(base)

@@ -1,17 +1,18 @@
 """The calibration data: a file or a dataset on the Hub, and the role of each column."""
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import ClassLabel, Dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset, Value
 
+from .data_files import FILE_TYPES, file_type, load_rows, read_file, require_plain_path
 from .errors import CommandError
 from .file_hash import sha256
+from .hub import hub_lookup
 from .models import Task, looks_like_path
 
 # The columns that may hold the examples, in the order in which they are looked for.
@@ -19,18 +20,28 @@ _FORMATS: Mapping[Task, tuple[tuple[str, ...], ...]] = {
     "causal-lm": (("messages",), ("prompt", "completion"), ("text",)),
     "seq-cls": (("text", "label"),),
 }
-ROLES = tuple(dict.fromkeys(role for formats in _FORMATS.values() for roles in formats for role in roles))
-
-# An empty cell and the word "NA" are text, so pandas must not turn them into missing values.
-_CSV_ARGUMENTS = {"keep_default_na": False}
-_READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".csv": ("csv", _CSV_ARGUMENTS),
-    ".tsv": ("csv", {"sep": "\t", **_CSV_ARGUMENTS}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {"sample_by": "document"}),
+# Roles that a format may have besides, as in TRL.
+_OPTIONAL: Mapping[tuple[str, ...], tuple[str, ...]] = {("messages",): ("tools", "chat_template_kwargs")}
+ROLES = tuple(
+    dict.fromkeys(
+        [role for formats in _FORMATS.values() for roles in formats for role in roles]
+        + [role for roles in _OPTIONAL.values() for role in roles]
+    )
+)
+# Usual names of the columns for a role, in lower case, for the suggestion in an error message.
+_USUAL_NAMES = {
+    "messages": ("messages", "conversation", "conversations", "chat", "dialog", "dialogue"),
+    "prompt": ("prompt", "instruction", "question", "query", "input"),
+    "completion": ("completion", "output", "response", "answer", "target"),
+    "text": ("text", "sentence", "content", "review", "document", "question", "input"),
+    "label": ("label", "labels", "class", "category", "target", "sentiment", "intent"),
 }
+
+# Labels in a table of text that are integers; not `007`, which may differ from `7`.
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+# Beginnings of the dtypes of datasets that labels may have; a column of only missing values has the last one.
+_LABEL_TYPES = ("string", "large_string", "int", "uint", "bool", "null")
 
 # Longer column names are shortened in messages: without a header, the first line of a file becomes the names.
 _MAX_COLUMN_LENGTH = 40
@@ -91,14 +102,19 @@ def load_data(
     if len(rows) == 0:
         raise CommandError(f"{name} has no rows in split {split!r}: give another --split.")
     columns = find_columns(name, rows.column_names, task, column_names)
-    labels, label_names = _labels(name, rows, columns["label"]) if "label" in columns else ((), ())
     path = Path(name)
+    labels: Sequence[str | int] = ()
+    label_names: Sequence[str] = ()
+    if "label" in columns:
+        if path.is_file() and file_type(path) in (".csv", ".tsv"):
+            rows = _with_integers(name, rows, columns["label"])
+        labels, label_names = _labels(name, rows, columns["label"])
     return CalibrationData(
         name=name,
         split=split,
         rows=rows,
         columns=columns,
-        is_stream=path.is_file() and path.suffix.lower() == ".txt",
+        is_stream=path.is_file() and file_type(path) == ".txt",
         labels=labels,
         label_names=label_names,
         sha256=sha256(path) if path.is_file() else None,
@@ -113,35 +129,28 @@ def find_columns(name: str, found: Sequence[str], task: Task, column_names: Mapp
             raise CommandError(f"{name} has no column {column!r} for the role {role!r}: choose one of {listed}.")
     for roles in _FORMATS[task]:
         columns = {role: column_names.get(role, role) for role in roles}
-        if set(column_names) <= set(roles) and set(columns.values()) <= set(found):
-            return columns
-    header = " (from its first line)" if Path(name).suffix.lower() in (".csv", ".tsv") else ""
+        others = {role: column_names.get(role, role) for role in _OPTIONAL.get(roles, ())}
+        if set(column_names) <= columns.keys() | others.keys() and set(columns.values()) <= set(found):
+            return columns | {role: column for role, column in others.items() if column in found}
+    header = " (from its first line)" if file_type(Path(name)) in (".csv", ".tsv") else ""
     needed = ", or ".join(" and ".join(roles) for roles in _FORMATS[task])
     raise CommandError(
-        f"{name} has the columns {listed}{header}, but --task {task} needs {needed}. Name the columns to use, "
-        f"for example: {_column_example(task, found)}"
+        f"{name} has the columns {listed}{header}, but --task {task} needs {needed}. {_column_advice(task, found)}"
     )
 
 
 def _read(name: str, split: str, subset: str | None) -> Dataset:
-    path = Path(name)
-    suffix = path.suffix.lower()
+    path, arguments = Path(name), {} if subset is None else {"name": subset}
     if path.is_file():
-        if suffix not in _READERS:
-            raise CommandError(f"{name}: unknown type of data file. Convert it to one of {', '.join(_READERS)}.")
-        builder, arguments = _READERS[suffix]
-        arguments = {"data_files": str(path), **arguments}
-    elif not path.is_dir() and (looks_like_path(name) or suffix in _READERS):
+        return read_file(name, split)
+    if path.is_dir():
+        require_plain_path(path)
+        # Without its path, a folder such as `json` would be taken for the reader of this name.
+        return load_rows(name, str(path.absolute()), split, **arguments)
+    if looks_like_path(name) or file_type(path) in FILE_TYPES:
         raise CommandError(f"{name}: no such file. Give the path of a data file, or the name of a dataset on the Hub.")
-    else:
-        builder, arguments = name, ({} if subset is None else {"name": subset})
-    try:
-        return datasets.load_dataset(builder, split=split, **arguments)
-    except DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise CommandError(f"{name} cannot be read: {cause}") from error
-    except (ValueError, FileNotFoundError) as error:
-        raise CommandError(f"{name} cannot be loaded: {error}") from error
+    with hub_lookup(name):
+        return load_rows(name, name, split, **arguments)
 
 
 def _labels(name: str, rows: Dataset, column: str) -> tuple[Sequence[str | int], Sequence[str]]:
@@ -149,24 +158,59 @@ def _labels(name: str, rows: Dataset, column: str) -> tuple[Sequence[str | int],
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return range(feature.num_classes), list(feature.names)
+    if not isinstance(feature, Value) or not feature.dtype.startswith(_LABEL_TYPES):
+        kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+        raise CommandError(
+            f"Column {column!r} of {name} holds {kind}: labels must be strings or integers. Convert the column, or "
+            "choose another one with --column label=NAME."
+        )
     values = rows.unique(column)
     for missing, description in ((None, "no value"), ("", "an empty label")):
         if missing in values:
             row = list(rows[column]).index(missing) + 1
             raise CommandError(f"Row {row} of {name} has {description} in column {column!r}: remove the row.")
-    if not all(isinstance(value, (str, int)) for value in values):
-        raise CommandError(f"Column {column!r} of {name} holds {feature.dtype}: labels must be strings or integers.")
     if len(values) < 2:
         raise CommandError(f"Column {column!r} of {name} holds one label only: classification needs two or more.")
     labels = sorted(values)
     return labels, [str(label) for label in labels]
 
 
+def _with_integers(name: str, rows: Dataset, column: str) -> Dataset:
+    """The rows of a table of text, with labels that are written as integers turned into integers."""
+    values = [value for value in rows.unique(column) if value is not None]
+    if values and all(_INTEGER.fullmatch(value) for value in values):
+        return rows.cast_column(column, Value("int64"))
+    if values and all(_DECIMAL.fullmatch(value) for value in values):
+        raise CommandError(
+            f"Column {column!r} of {name} holds numbers such as {values[0]}: labels must be strings or integers."
+        )
+    return rows
+
+
 def _excerpt(column: str) -> str:
     return repr(column if len(column) <= _MAX_COLUMN_LENGTH else f"{column[:_MAX_COLUMN_LENGTH]}…")
 
 
-def _column_example(task: Task, found: Sequence[str]) -> str:
-    pair = next(roles for roles in _FORMATS[task] if len(roles) == 2)
-    roles = pair if len(found) >= 2 else ("text",)
-    return " ".join(f"--column {role}={_excerpt(column)}" for role, column in zip(roles, found, strict=False))
+def _column_advice(task: Task, found: Sequence[str]) -> str:
+    """Which options may help, by the usual names of columns."""
+    lower = {column.lower(): column for column in found}
+    usual = {
+        role: next((lower[name] for name in names if name in lower), None) for role, names in _USUAL_NAMES.items()
+    }
+    if {"instruction", "input", "output"} <= lower.keys() and task == "causal-lm":
+        return (
+            f"Join {lower['instruction']!r} and {lower['input']!r} into one column, prompt, as in your training, and "
+            f"add --column completion={_excerpt(lower['output'])}"
+        )
+    for roles in _FORMATS[task]:
+        columns = [usual[role] for role in roles]
+        if None not in columns and len(set(columns)) == len(columns):
+            pairs = zip(roles, columns, strict=True)
+            return "Name the columns to use, for example: " + " ".join(
+                f"--column {role}={_excerpt(str(column))}" for role, column in pairs
+            )
+    roles = ("text",) if len(found) == 1 and task == "causal-lm" else _FORMATS[task][-1]
+    names = [_excerpt(found[0])] if len(found) == 1 else ["NAME"] * len(roles)
+    return "Name the columns to use: " + " ".join(
+        f"--column {role}={name}" for role, name in zip(roles, names, strict=False)
+    )

@@ -21,6 +21,8 @@ from transformers import (
 
 from .errors import CommandError, warn
 from .file_hash import sha256
+from .hub import hub_lookup
+from .remote_code import announce_code, is_about_code, refused_code
 
 Task = Literal["causal-lm", "seq-cls"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -36,19 +38,28 @@ _MAX_NAMES_SHOWN = 4
 class ModelSource:
     """Where a model comes from: `name` as given, `location` (Hub id or folder), and the GGUF file in it, if any.
 
-    `revision` is the version on the Hub, if a certain one is needed.
+    `revision` is the version on the Hub, if a certain one is needed. `trust_remote_code` allows code of the model to
+    run.
     """
 
     name: str
     location: str
     gguf_file: str | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def pretrained_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of every `from_pretrained`. Code that comes with a model is never run."""
+        """Keyword arguments of every `from_pretrained`; it asks about code if `trust_remote_code` is left out."""
         optional = {"gguf_file": self.gguf_file, "revision": self.revision}
-        return {name: value for name, value in optional.items() if value is not None} | {"trust_remote_code": False}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return given | {"trust_remote_code": self.trust_remote_code}
+
+    def announce_code(self) -> None:
+        """Tell which code of the model may run, before it does."""
+        if self.trust_remote_code:
+            with named_errors(self):
+                announce_code(self.name, self.location, self.pretrained_arguments)
 
     def identity(self, model: Any) -> dict[str, Any]:
         """JSON values that record which model was used; a GGUF file is read again for its hash."""
@@ -60,20 +71,20 @@ class ModelSource:
         }
 
 
-def find_model(name: str) -> ModelSource:
+def find_model(name: str, trust_remote_code: bool = False) -> ModelSource:
     """Decide whether the name is a GGUF file, a folder or a Hub id, without loading anything."""
     path = Path(name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise CommandError(f"{name} is not a model: give a GGUF file, or a folder with a config.json.")
-        return ModelSource(name, str(path.parent), path.name)
+        return ModelSource(name, str(path.parent), path.name, trust_remote_code=trust_remote_code)
     if path.is_dir():
         _require_model_folder(name, path)
     elif looks_like_path(name) or path.suffix.lower() == ".gguf":
         raise CommandError(
             f"{name}: no such file or folder. Give the path of a model, or the name of a model on the Hub."
         )
-    return ModelSource(name, name)
+    return ModelSource(name, name, trust_remote_code=trust_remote_code)
 
 
 def looks_like_path(name: str) -> bool:
@@ -98,11 +109,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def class_names(source: ModelSource) -> list[str]:
-    """Names of the outputs of the model's classification head, in their order; `LABEL_0` and so on by default."""
+def read_config(source: ModelSource) -> Any:
+    """Load the config of the model."""
     with named_errors(source):
-        config = AutoConfig.from_pretrained(source.location, **source.pretrained_arguments)
-    return [name for _, name in sorted(config.id2label.items())]
+        return AutoConfig.from_pretrained(source.location, **source.pretrained_arguments)
 
 
 def load_model(
@@ -172,8 +182,8 @@ def default_target_modules(model: Any) -> set[str] | str:
 def require_fitting_tokens(model: Any, token_ids: Sequence[Sequence[int]]) -> None:
     """Reject sequences or token ids that are too large for the model, before an index is out of range inside it."""
     longest, largest_id = max(map(len, token_ids)), max(map(max, token_ids))
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < longest:
+    positions = _num_positions(model)
+    if positions is not None and 0 < positions < longest:
         raise CommandError(
             f"The longest example has {longest} tokens, but the model has {positions} positions: "
             f"give --max-length {positions}."
@@ -186,12 +196,32 @@ def require_fitting_tokens(model: Any, token_ids: Sequence[Sequence[int]]) -> No
         )
 
 
+def _num_positions(model: Any) -> int | None:
+    """Positions that a sequence can have, or `None` if there is no limit.
+
+    RoBERTa and its relatives number the positions from the one after the index of the padding token, so the first
+    embeddings of positions are never used.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and isinstance(padding, int) and module.num_embeddings == positions:
+            return positions - padding - 1
+    return positions
+
+
 @contextmanager
 def named_errors(source: ModelSource) -> Iterator[None]:
     """Name the model in errors, because the messages of transformers do not always name it."""
+    is_local = Path(source.location).exists()
     try:
-        yield
+        with nullcontext() if is_local else hub_lookup(source.name):
+            yield
     except (OSError, ValueError, ImportError) as error:
+        if is_about_code(error):
+            raise refused_code(source.name, source.location, source.pretrained_arguments) from error
         raise CommandError(f"{source.name} cannot be loaded: {error}") from error
 
 

@@ -28,6 +28,9 @@ Device = Annotated[
     str | None,
     typer.Option(help="Device for calibration.", metavar="NAME", show_default="cuda if available, else cpu"),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
+]
 Seed = Annotated[int, typer.Option(help="Seed for drawing the examples.", metavar="N")]
 
 DEFAULT_BATCH_SIZE, DEFAULT_MAX_LENGTH, DEFAULT_SPLIT = 4, 512, "train"

@@ -1,5 +1,6 @@
 """Tokenization: from rows to token ids and labels, and from these to padded batches."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -92,7 +93,7 @@ def tokenize(
         examples = [_encode(tokenizer, row, max_length, data.labels) for row in rows]
     if not any(example.has_target for example in examples):
         raise CommandError(
-            f"No example of {data.name} has a token to predict within {max_length} tokens: raise --max-length."
+            f"No example of {data.name} has a token to predict within {max_length} tokens: {_advice(examples)}."
         )
     _warn_of_problems(examples, max_length)
     return Examples(examples, is_classification="label" in data.columns)
@@ -119,9 +120,14 @@ def _encode_prompt_and_completion(tokenizer: PreTrainedTokenizerBase, row: Row, 
 
 
 def _encode_messages(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
-    """As in TRL by default: all tokens of the conversation count in the loss."""
+    """As in TRL by default: all tokens of the conversation count in the loss, and the template gets the tools."""
+    messages, tools = _messages(row), _parsed(row, "tools", list)
+    options = _parsed(row, "chat_template_kwargs", Mapping) or {}
     try:
-        encoded: Any = tokenizer.apply_chat_template(_messages(row), tokenize=True, return_dict=True)
+        # Some templates write an introduction to an empty list of tools.
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, tools=tools or None, tokenize=True, return_dict=True, **options
+        )
     except (TemplateError, TypeError, ValueError) as error:
         raise CommandError(
             f"The chat template cannot render {row.place}: {error}. Correct or remove the row."
@@ -213,8 +219,34 @@ def _messages(row: Row) -> list[dict[str, Any]]:
             f"The messages of {row.place} are not a list of {{'role': …, 'content': …}}: {_excerpt(messages)}. "
             "Correct or remove the row."
         )
-    # Arrow gives each message the keys of all messages, but templates check whether a key is present.
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return _without_none(messages)
+
+
+def _parsed(row: Row, role: str, kind: type) -> Any:
+    """A value that may be left out or be written as JSON, as TRL accepts it; dictionaries without empty keys."""
+    value = row.values.get(role)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise CommandError(f"The {role} of {row.place} are not valid JSON: {error}. Correct the row.") from error
+    if value is None or value == "":
+        return None
+    parts = value if isinstance(value, list) else []
+    if not isinstance(value, kind) or not all(isinstance(one, Mapping) for one in parts):
+        wanted = "a list of JSON schemas" if kind is list else "a dictionary of arguments"
+        raise CommandError(
+            f"The {role} of {row.place} are not {wanted} but {type(value).__name__}: {_excerpt(value)}. Correct the "
+            "row."
+        )
+    return _without_none(value)
+
+
+def _without_none(value: Any) -> Any:
+    """Arrow gives each dictionary the keys of all of them, but templates check whether a key is present."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(one) for key, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list) else value
 
 
 def _is_message(message: object) -> bool:
@@ -226,7 +258,7 @@ def _warn_of_problems(examples: Sequence[Example], max_length: int) -> None:
     if without_target:
         warn(
             f"{without_target} of {len(examples)} examples have no token to predict within {max_length} tokens and "
-            "count with a gradient of zero: raise --max-length, or remove such rows."
+            f"count with a gradient of zero: {_advice(examples)}, or remove such rows."
         )
     changed = sum(example.prompt_changed for example in examples)
     if changed:
@@ -235,6 +267,14 @@ def _warn_of_problems(examples: Sequence[Example], max_length: int) -> None:
             "follows, so the loss may start about one token too early or too late: end prompts or begin completions "
             "with a space or a line break."
         )
+
+
+def _advice(examples: Sequence[Example]) -> str:
+    """What gives examples without a token to predict one; the first token of a sequence is not predicted."""
+    without_target = [example for example in examples if not example.has_target]
+    if any(example.truncated for example in without_target):
+        return "raise --max-length"
+    return "a text needs two tokens or more"
 
 
 def _excerpt(value: object) -> str:
