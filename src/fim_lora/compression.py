@@ -13,6 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from .adapter.adapted_part import adapted_part
 from .adapter.checks import require_active, require_unsharded
 from .adapter.patterns import write_pattern
 from .adapter.pending_config import lora_config_of, require_own_config
@@ -130,8 +131,9 @@ def compress_lora(
     """
     inner = None if optimizer is None else require_optimizer(optimizer)
     size = _checked_size(keep, r, max_loss_increase, eval_dataloader, r_max)
-    config, layers = run_on_all(lambda: _checked_for_truncation(model, spectrum))
     name = spectrum.adapter_name
+    part = run_on_all(lambda: adapted_part(model, name))
+    config, layers = run_on_all(lambda: _checked_for_truncation(part, spectrum))
     at_least = dict.fromkeys(spectrum, 1) if _bias_needs_adapter(config) else {}
     loss = None
     if eval_dataloader is not None:
@@ -148,7 +150,7 @@ def compress_lora(
         scalings = dict.fromkeys(spectrum, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
     new_config, alphas = config_after_truncation(config, ranks, scalings, serving)
     maps = _maps(spectrum, kept, scalings)
-    truncate_adapter(model, layers, name, maps, alphas, new_config, inner)
+    truncate_adapter(part, layers, name, maps, alphas, new_config, inner)
     return LoraCompression(
         ranks=ranks,
         ranks_before=spectrum.ranks,
@@ -194,7 +196,8 @@ def measure_sizes(
         ValueError: If the spectrum was measured on other weights, the adapter is not active, or a loss is not finite.
         RuntimeError: If another process failed.
     """
-    config, layers = run_on_all(lambda: _checked_for_truncation(model, spectrum))
+    part = run_on_all(lambda: adapted_part(model, spectrum.adapter_name))
+    config, layers = run_on_all(lambda: _checked_for_truncation(part, spectrum))
     require_active(layers, spectrum.adapter_name)
     at_least = dict.fromkeys(spectrum, 1) if _bias_needs_adapter(config) else {}
     batches = _readable_again(eval_dataloader)

@@ -1,15 +1,16 @@
 """`get_fim_diagonals`: from a model and batches to the eFIM diagonal of every element of its weights."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from .adapter.adapted_part import adapted_parts
 from .adapter.base_layers import select_base_layers, tied_layers
 from .adapter.watching import lora_layers_disabled
-from .fisher.calibration import ForwardFn, calibrate, forward_fn_default, loss_of
+from .fisher.calibration import ForwardFn, calibrate
 from .fisher.diagonal import DiagonalSums
 from .fisher.fim_diagonals import FimDiagonals
 from .runtime.distributed import run_on_all
@@ -37,7 +38,8 @@ def get_fim_diagonals(
 
     Args:
         model: A model in any state; it is calibrated in eval mode and restored. The LoRA layers of a model with LoRA
-            adapters are disabled meanwhile, and base layers are named as in the base model.
+            adapters are disabled meanwhile, and base layers are named as in the base model. If only a part of the
+            model was adapted by PEFT, the layers are those of this part.
         dataloader: Yields batches, see `initialize_lora_fim_ranks`.
         parameters: Full names of linear layers (`nn.Linear`, quantized ones, `Conv1D` of transformers), embeddings and
             convolutions, or of their weights (`"lm_head"` or `"lm_head.weight"`), or of modules that contain such
@@ -56,8 +58,8 @@ def get_fim_diagonals(
 
     Raises:
         ValueError: If a name in `parameters` is not that of a supported layer, or there is none; if `num_batches` is
-            not positive; if the model has adapters other than LoRA, or an adapter is merged; if the dataloader is
-            empty or its batches give no usable loss.
+            not positive; if the model has adapters other than LoRA, or in several parts, or an adapter is merged; if
+            the dataloader is empty or its batches give no usable loss.
         RuntimeError: If a layer has no batch with finite gradients, its eFIM is too large for the dtype, the eFIM of
             every layer is zero, or another process failed.
         TypeError: If `parameters` is a single string, or the forward pass returns no loss.
@@ -65,48 +67,32 @@ def get_fim_diagonals(
     if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
         raise ValueError(f"num_batches must be a positive integer, got {num_batches!r}.")
     model = unwrap_engine(model)
-    layers = run_on_all(lambda: select_base_layers(model, parameters))
-    _warn_of_tied_weights(tied_layers(model, layers))
+    part = run_on_all(lambda: _part_to_measure(model))
+    layers = run_on_all(lambda: select_base_layers(part, parameters))
+    _warn_of_tied_weights(tied_layers(part, layers))
     statistic = DiagonalSums(layers, None if device is None else torch.device(device))
-    batches = _AnnouncedBatches(statistic, dataloader, forward_fn or forward_fn_default)
-    with lora_layers_disabled(model):
+    with lora_layers_disabled(model, part):
         counts = calibrate(
             model=model,
             layers=layers,
             statistic=statistic,
-            dataloader=batches,
+            dataloader=dataloader,
             num_batches=num_batches,
-            forward_fn=batches.forward,
+            forward_fn=forward_fn,
             show_progress_bar=show_progress_bar,
         )
     return statistic.mean(counts, layers)
 
 
-class _AnnouncedBatches:
-    """A dataloader and a forward function that tell a statistic about each batch before its backward pass.
-
-    A batch counts if its loss is finite, and if it is one of this process: with FSDP and ZeRO-3, a process that has
-    run out of batches runs those of others.
-    """
-
-    def __init__(self, statistic: DiagonalSums, dataloader: Iterable[Any], forward_fn: ForwardFn) -> None:
-        self._statistic = statistic
-        self._dataloader = dataloader
-        self._forward_fn = forward_fn
-        self._num_fetched = self._num_run = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._dataloader:
-            self._num_fetched += 1
-            yield batch
-
-    def forward(self, model: nn.Module, batch: Any) -> Any:
-        """Run the forward function."""
-        output = self._forward_fn(model, batch)
-        self._num_run += 1
-        is_own = self._num_run <= self._num_fetched
-        self._statistic.begin_batch(is_own and bool(loss_of(output).isfinite().all()))
-        return output
+def _part_to_measure(model: nn.Module) -> nn.Module:
+    """The part of the model that has adapters, or the whole model without any, so that names are those of scores."""
+    parts = adapted_parts(model)
+    if len(parts) > 1:
+        raise ValueError(
+            f"The {type(model).__name__} has {len(parts)} parts with adapters: {', '.join(map(repr, parts))}. Pass "
+            "one of them as the model, with a `forward_fn` that runs the whole model."
+        )
+    return next(iter(parts.values()), model)
 
 
 def _warn_of_tied_weights(tied: list[str]) -> None:

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from .adapter.adapted_part import adapted_part
 from .adapter.checks import require_resizable
 from .adapter.eva_directions import eva_directions, require_eva
 from .adapter.lora_layers import adapter_layers, name_in_base_model
@@ -53,8 +54,10 @@ def initialize_lora_fim_ranks(
     A call that raises leaves the model and its config as they were.
 
     Args:
-        model: A model with a LoRA adapter that awaits allocation (`init_lora_weights="fim"`): a `PeftModel`, or a
-            model with an injected adapter.
+        model: A model with a LoRA adapter that awaits allocation (`init_lora_weights="fim"`): a `PeftModel`, a model
+            with an injected adapter, or a module that holds one of these, such as a `SentenceTransformer` or a
+            `LightningModule`. In the last case, layers are named as in the part that was adapted, and the whole
+            module is calibrated.
         dataloader: Yields batches (mapping, `BatchEncoding`, tuple or tensor), of which
             `fim_config.fim_calibration_batches` are used, in eval mode, with the LoRA layers disabled. Trained
             `modules_to_save` stay in use, because they are part of the loss that will be trained.
@@ -69,7 +72,8 @@ def initialize_lora_fim_ranks(
         Ranks, patterns, scores and counts.
 
     Raises:
-        ValueError: If the adapter does not exist or does not await allocation; if both `dataloader` and
+        ValueError: If the adapter does not exist, is in several parts of the model, or does not await allocation; if
+            both `dataloader` and
             `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds cannot be
             satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
             initialization for a layer, or could not load the adapter without the layers of rank 0; if the model is
@@ -81,12 +85,14 @@ def initialize_lora_fim_ranks(
         TypeError: If a layer's class is not supported, the forward pass returns no loss, or PEFT cannot initialize a
             layer from a weight of its dtype.
     """
-    config, layers, given = run_on_all(lambda: _checked(model, dataloader, fim_scores, adapter_name))
-    pending = watched_adapter(model, adapter_name)
+    part = run_on_all(lambda: adapted_part(model, adapter_name))
+    config, layers, given = run_on_all(lambda: _checked(part, dataloader, fim_scores, adapter_name))
+    pending = watched_adapter(part, adapter_name)
+    converted = pending.converted_targets
     if given is not None:
         scores = given
     elif dataloader is not None:
-        with lora_layers_disabled(model):
+        with lora_layers_disabled(model, part):
             scores = calibrated_scores(model, layers, dataloader, config, forward_fn, show_progress_bar)
     else:
         scores = cast(NormRecorder, pending.recorder).result()
@@ -96,16 +102,16 @@ def initialize_lora_fim_ranks(
     new_config = allocation.to_lora_config(_final_config(config))
     factors = {}
     if _uses_eva(config):
-        batches, forward_fn = cast(Iterable[Any], dataloader), forward_fn or forward_fn_default
-        with lora_layers_disabled(model), frozen_eval_mode(model):
+        batches, run = cast(Iterable[Any], dataloader), _on_whole(model, forward_fn or forward_fn_default)
+        with lora_layers_disabled(model, part), frozen_eval_mode(model):
             directions = eva_directions(
-                model, layers, adapter_name, allocation.ranks, config, batches, forward_fn, show_progress_bar
+                part, layers, adapter_name, allocation.ranks, config, batches, run, show_progress_bar
             )
         factors = {name: (Factors(a),) for name, a in directions.items()}
-    resize_adapter(model, layers, adapter_name, allocation.ranks, allocation.alphas, new_config, factors)
-    stop_watching(model, adapter_name)
+    resize_adapter(part, layers, adapter_name, allocation.ranks, allocation.alphas, new_config, factors)
+    stop_watching(part, adapter_name)
     # The config of this adapter has the converted targets. Another config that the ranks are written into does not.
-    return replace(allocation, scores=scores.for_targets(pending.converted_targets))
+    return replace(allocation, scores=scores.for_targets(converted))
 
 
 def _checked(
@@ -166,6 +172,11 @@ def _checked_score(name: str, score: LayerScore | float | Tensor, layer: LoraLay
 
 def _uses_eva(config: LoraConfig) -> bool:
     return config.fim_config.init_lora_weights == "eva"
+
+
+def _on_whole(model: nn.Module, forward_fn: ForwardFn) -> ForwardFn:
+    """A forward function that runs the whole model, whatever part of it it is called with."""
+    return lambda _, batch: forward_fn(model, batch)
 
 
 def _final_config(config: LoraConfig) -> LoraConfig:

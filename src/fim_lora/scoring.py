@@ -6,6 +6,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from .adapter.adapted_part import adapted_part, adapted_parts, part_to_adapt
 from .adapter.lora_layers import adapter_layers
 from .adapter.pending_config import lora_config_of
 from .adapter.targets import convert_targets
@@ -29,8 +30,8 @@ def get_fim_scores(
     """The eFIM score of every layer that a LoRA adapter targets, without changing anything.
 
     Args:
-        model: A model with a LoRA adapter, or a plain model together with `peft_config`. For a plain model no adapter
-            is created, and the targets are those that PEFT would adapt.
+        model: A model with a LoRA adapter, a module that holds such a model as a part, or a plain model together with
+            `peft_config`. For a plain model no adapter is created, and the targets are those that PEFT would adapt.
         dataloader: Yields batches, see `initialize_lora_fim_ranks`.
         peft_config: Needed for a model without adapters. Its `fim_config` says how many batches to use; without
             one, the default of `FimConfig` applies.
@@ -43,19 +44,20 @@ def get_fim_scores(
 
     Raises:
         ValueError: If `peft_config` is missing, not a LoRA config or has `layer_replication` for a model without
-            adapters; if the adapter does not exist, nothing is targeted, or an adapter is merged; if `peft_config`
-            awaits its ranks and PEFT does not have its initialization for a layer; if the dataloader is empty or
-            its batches give no usable loss.
+            adapters; if the adapter does not exist or is in several parts of the model, nothing is targeted, or an
+            adapter is merged; if `peft_config` awaits its ranks and PEFT does not have its initialization for a layer;
+            if the dataloader is empty or its batches give no usable loss.
         RuntimeError: If no batch had finite gradients, the eFIM of every layer is zero, or another process failed.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
     """
     model = unwrap_engine(model)
-    if hasattr(model, "peft_config"):
-        config = peft_config or lora_config_of(model, adapter_name)
-        layers = adapter_layers(model, adapter_name)
-        with lora_layers_disabled(model):
+    if adapted_parts(model):
+        part = adapted_part(model, adapter_name)
+        config = peft_config or lora_config_of(part, adapter_name)
+        layers = adapter_layers(part, adapter_name)
+        with lora_layers_disabled(model, part):
             scores = calibrated_scores(model, layers, dataloader, config, forward_fn, show_progress_bar)
-        return scores.for_targets(watched_adapter(model, adapter_name).converted_targets)
+        return scores.for_targets(watched_adapter(part, adapter_name).converted_targets)
     if peft_config is None:
         raise ValueError("The model has no adapter: pass a LoraConfig as `peft_config` to say what to score.")
     if getattr(peft_config, "layer_replication", None):
@@ -63,7 +65,7 @@ def get_fim_scores(
             "With layer_replication the layers exist only in the adapted model: call `get_peft_model` first and pass "
             "its result."
         )
-    targets, converted = convert_targets(model, peft_config)
+    targets, converted = convert_targets(part_to_adapt(model), peft_config)
     scores = calibrated_scores(model, targets, dataloader, peft_config, forward_fn, show_progress_bar)
     return scores.for_targets(converted)
 

@@ -86,11 +86,22 @@ def test_derived_configs_are_what_they_were():
     config = AdaLoraConfig(total_step=10, target_modules=["q_proj"])
     assert "fim_config" not in {field.name for field in dataclasses.fields(config)}
     assert "fim_config" not in config.to_dict()
-    # PEFT accepts any word as the initialization of AdaLoRA; fim_lora leaves it alone.
-    config = AdaLoraConfig(total_step=10, target_modules=["q_proj"], init_lora_weights="fim")
-    assert config.to_dict()["init_lora_weights"] == "fim"
     model = get_peft_model(llama(), config)
     assert not any(module._forward_hooks for module in model.modules())
+    # PEFT accepts any word as the initialization of AdaLoRA, and would ignore this one.
+    with pytest.raises(ValueError, match=r'AdaLoraConfig has no init_lora_weights="fim".* Use LoraConfig'):
+        AdaLoraConfig(total_step=10, target_modules=["q_proj"], init_lora_weights="fim")
+
+
+def test_mixed_adapters_are_refused_by_name():
+    model = llama()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r'"fim", which get_peft_model\(\.\.\., mixed=True\) cannot create'):
+        get_peft_model(model, LoraConfig(init_lora_weights="fim", target_modules=["q_proj"]), mixed=True)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    mixed = get_peft_model(model, LoraConfig(target_modules=["q_proj"]), mixed=True)
+    with pytest.raises(ValueError, match="Adapter 'other' has init_lora_weights=\"fim\""):
+        mixed.add_adapter("other", LoraConfig(init_lora_weights="fim", target_modules=["q_proj"]))
 
 
 CONFIGS = """
@@ -131,9 +142,10 @@ def test_nothing_changes_for_other_configs():
 
 
 def test_installing_again_changes_nothing():
-    before = dict(vars(LoraConfig)), dict(vars(peft.tuners.lora.LoraModel))
+    changed = (LoraConfig, peft.tuners.lora.LoraModel, peft.tuners.lora.LoraLayer, peft.tuners.MixedModel)
+    before = [dict(vars(one)) for one in changed]
     install({"FimConfig": None})
-    assert (dict(vars(LoraConfig)), dict(vars(peft.tuners.lora.LoraModel))) == before
+    assert [dict(vars(one)) for one in changed] == before
     assert peft.FimConfig is FimConfig
     # Reloading the module, as notebooks do, changes nothing either.
     output = python("""

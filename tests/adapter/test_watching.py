@@ -3,10 +3,15 @@
 import copy
 import pickle
 
+import peft
 import pytest
-from peft import get_peft_model
+import torch
+from packaging.version import Version
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
+from fim_lora.adapter.watching import WatchedAdapter, watched_adapter
 from helpers.adapters import fim_lora_config, fim_model, hooks_of, run_own_loop, state_of
 from helpers.tiny_models import llama, lm_batches
 
@@ -44,6 +49,64 @@ def test_a_dataloader_does_not_disturb_the_own_loop():
     allocation = initialize_lora_fim_ranks(model)
     for name, score in scores.items():
         assert allocation.scores[name].mean == pytest.approx(score.mean, rel=1e-5)
+
+
+def deleted(model):
+    model.delete_adapter("default")
+    return model.base_model.model  # PEFT does not run a PeftModel without an adapter
+
+
+REMOVALS = {
+    "unload": lambda model: model.unload(),
+    "merge_and_unload": lambda model: model.merge_and_unload(),
+    "delete_adapter": deleted,
+}
+
+
+@pytest.mark.parametrize("removal", REMOVALS)
+@pytest.mark.parametrize("seen", [False, True])
+def test_hooks_end_with_the_adapter(removal, seen):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(6, 5)
+    plain = copy.deepcopy(base)
+    model = fim_model(base, target_modules=("0", "2"))
+    if seen:
+        model(x).square().mean().backward()
+    model = REMOVALS[removal](model)
+    assert not hooks_of(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for one in (compiled, plain):
+        one.requires_grad_(True)
+        one.zero_grad()
+        loss = one(x).square().mean()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.20"), reason="transformers needs a newer PEFT")
+def test_hooks_end_with_an_adapter_that_transformers_deletes():
+    model = llama()
+    model.add_adapter(fim_lora_config(), "first")
+    alone = hooks_of(model)
+    model.add_adapter(fim_lora_config(), "second")
+    model.set_adapter(["first", "second"])
+    assert len(hooks_of(model)) > len(alone)
+    model.delete_adapter("second")
+    assert hooks_of(model) == alone
+    run_own_loop(model)
+    assert initialize_lora_fim_ranks(model, adapter_name="first").num_batches == 3
+    assert not hooks_of(model)
+
+
+def test_a_removed_adapter_of_the_same_name_leaves_nothing_to_the_next():
+    model = fim_model()
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    model.delete_adapter("default")
+    model.add_adapter("default", LoraConfig(target_modules=["q_proj"]))
+    assert watched_adapter(model, "default") == WatchedAdapter(None, None)
+    assert not hooks_of(model)
 
 
 def test_an_adapter_unloaded_before_its_allocation_leaves_no_hooks_to_the_next():

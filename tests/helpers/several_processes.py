@@ -182,8 +182,8 @@ def full(tensor):
 
 @case
 def trainer_of_trl(rank):
-    """TRL exchanges its metrics between processes inside its loss."""
-    trainer = sft_trainer(Path(tempfile.gettempdir()) / "fim-lora-several-processes", save_strategy="no")
+    """TRL exchanges its metrics between processes inside its loss, and divides it by the tokens of all of them."""
+    trainer = sft_trainer(Path(tempfile.gettempdir()) / "fim-lora-several-processes", True, save_strategy="no")
     allocation = allocate(trainer)
     result = result_of(trainer.model, allocation)
     trainer.train()

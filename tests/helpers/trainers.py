@@ -55,12 +55,16 @@ def plain_trainer(folder, lora_config=None, **options):
     return Trainer(model=model, args=arguments(folder, **options), train_dataset=examples())
 
 
-def sft_trainer(folder, **options):
+def sft_trainer(folder, unequal=False, **options):
+    """`unequal`: whether the texts have unequal lengths, so that each batch has its own number of tokens."""
     torch.manual_seed(3)
+    words = [
+        " ".join(text.split()[: 3 + row % 5]) if unequal else text for row, text in enumerate(texts(NUM_EXAMPLES, 8))
+    ]
     return SFTTrainer(
         model=llama(),
         args=arguments(folder, SFTConfig, max_length=16, bf16=False, gradient_checkpointing=False, **options),
-        train_dataset=Dataset.from_dict({"text": texts(NUM_EXAMPLES, 8)}),
+        train_dataset=Dataset.from_dict({"text": words}),
         processing_class=word_tokenizer(),
         peft_config=config(),
     )

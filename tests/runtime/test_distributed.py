@@ -88,7 +88,7 @@ def test_batches_dealt_out_by_accelerate(results):
 def test_a_trainer_of_trl(results, tmp_path):
     first, second = outcome(results, "trainer_of_trl")
     assert first == second
-    allocation = allocate(sft_trainer(tmp_path))
+    allocation = allocate(sft_trainer(tmp_path, unequal=True))
     # Two processes of two examples each take half the batches. Four are requested, so each process reads all it has.
     assert first["ranks"] == allocation.ranks
     assert_same_scores(first["scores"], allocation.scores, relative=1e-4)

@@ -16,6 +16,7 @@ from helpers.trainers import (
     TARGETS,
     allocate,
     arguments,
+    assert_scores_are,
     config,
     dpo_trainer,
     examples,
@@ -23,16 +24,6 @@ from helpers.trainers import (
     reward_trainer,
     sft_trainer,
 )
-
-
-def assert_scores_are(allocation, truth, relative=1e-4):
-    assert set(allocation.scores) == set(truth)
-    assert allocation.num_examples == NUM_EXAMPLES
-    for name, values in truth.items():
-        assert allocation.scores[name].mean == pytest.approx(values.mean().item(), rel=relative)
-        assert allocation.scores[name].standard_error == pytest.approx(
-            values.std().item() / NUM_EXAMPLES**0.5, rel=relative
-        )
 
 
 def adapter_weights(model):

@@ -1,10 +1,12 @@
 """Installation of `init_lora_weights="fim"` into PEFT.
 
 `install` gives `LoraConfig` the field `fim_config`, and makes `LoraModel` watch the backward passes of an adapter that
-awaits its ranks. PEFT's other methods behave as before.
+awaits its ranks, until it gets them or is removed. PEFT's other methods behave as before.
 """
 
+import copy
 import dataclasses
+import functools
 import importlib.util
 import sys
 import warnings
@@ -14,7 +16,8 @@ from typing import Any
 
 import peft
 from peft import LoraConfig
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.mixed import MixedModel
 from torch import nn
 
 from ..config import FimConfig
@@ -25,7 +28,7 @@ from .lora_layers import adapter_layers
 from .pending_config import awaits_ranks, with_final_init, with_init
 from .resize import resize_layer
 from .targets import convert_targets
-from .watching import watch
+from .watching import stop_watching_all, stop_watching_layer, watch
 
 _MODULE = "peft.tuners.lora.fim"
 
@@ -45,6 +48,10 @@ def install(public: Mapping[str, Any]) -> None:
         )
     _extend_lora_config()
     LoraModel.inject_adapter = _wrap_inject_adapter(LoraModel.inject_adapter)
+    MixedModel.inject_adapter = _wrap_inject_mixed_adapter(MixedModel.inject_adapter)
+    LoraModel.unload = _wrap_unload(LoraModel.unload)
+    LoraModel.merge_and_unload = _wrap_unload(LoraModel.merge_and_unload)
+    LoraLayer.delete_adapter = _wrap_delete_adapter(LoraLayer.delete_adapter)
 
     module = ModuleType(_MODULE, "FIM ranks for LoRA; provided by fim_lora.")
     module.__dict__.update(public)
@@ -79,6 +86,7 @@ def _extend_lora_config() -> None:
     LoraConfig.__repr__ = _wrap_repr(LoraConfig.__repr__)
     LoraConfig.__post_init__ = _wrap_post_init(LoraConfig.__post_init__)
     LoraConfig.to_dict = _wrap_to_dict(LoraConfig.to_dict)
+    LoraConfig.save_pretrained = _wrap_save_pretrained(LoraConfig.save_pretrained)
     LoraConfig.__dataclass_fields__ = extended.__dataclass_fields__  # type: ignore[attr-defined]
     LoraConfig.__annotations__["fim_config"] = "FimConfig | None"
     LoraConfig.fim_config = None
@@ -95,6 +103,7 @@ def _wrap_repr(plain_repr: Callable[[LoraConfig], str]) -> Callable[[LoraConfig]
 def _wrap_post_init(plain_post_init: Callable[[LoraConfig], None]) -> Callable[[LoraConfig], None]:
     def __post_init__(self: LoraConfig) -> None:
         if "fim_config" not in self.__dataclass_fields__:  # a derived config, such as AdaLoraConfig
+            _refuse_derived_config(self)
             plain_post_init(self)
             return
         if isinstance(self.fim_config, dict):
@@ -113,17 +122,38 @@ def _wrap_post_init(plain_post_init: Callable[[LoraConfig], None]) -> Callable[[
     return __post_init__
 
 
+def _refuse_derived_config(config: LoraConfig) -> None:
+    if config.init_lora_weights == "fim":
+        raise ValueError(
+            f'{type(config).__name__} has no init_lora_weights="fim": its method decides ranks by itself, or was '
+            "defined before fim_lora was imported. Use LoraConfig, or another initialization."
+        )
+
+
 def _wrap_to_dict(plain_to_dict: Callable[[LoraConfig], dict[str, Any]]) -> Callable[[LoraConfig], dict[str, Any]]:
+    @functools.wraps(plain_to_dict)
     def to_dict(self: LoraConfig) -> dict[str, Any]:
-        # An adapter that still awaits its ranks is saved as plain LoRA.
-        with with_init(self, True):
-            content = plain_to_dict(self)
-        content.pop("fim_config", None)
-        if awaits_ranks(self):
-            content["eva_config"] = None  # PEFT would warn about it whenever the config is read
+        content = plain_to_dict(self)
+        if content.get("fim_config") is None:
+            content.pop("fim_config", None)  # a field that stock PEFT does not have
         return content
 
     return to_dict
+
+
+def _wrap_save_pretrained(plain_save_pretrained: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(plain_save_pretrained)
+    def save_pretrained(self: LoraConfig, *args: Any, **kwargs: Any) -> None:
+        written = copy.copy(self)
+        if "fim_config" in self.__dataclass_fields__:
+            written.fim_config = None
+        if awaits_ranks(self):
+            # An adapter that still awaits its ranks is saved as plain LoRA.
+            written.init_lora_weights = True
+            written.eva_config = None  # PEFT would warn about it whenever the config is read
+        plain_save_pretrained(written, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _wrap_inject_adapter(inject_adapter: Callable[..., None]) -> Callable[..., None]:
@@ -142,6 +172,44 @@ def _wrap_inject_adapter(inject_adapter: Callable[..., None]) -> Callable[..., N
 
     inject_and_watch.__doc__ = inject_adapter.__doc__
     return inject_and_watch
+
+
+def _wrap_inject_mixed_adapter(inject_adapter: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(inject_adapter)
+    def inject(self: MixedModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if isinstance(config, LoraConfig) and awaits_ranks(config):
+            raise ValueError(
+                f'Adapter {adapter_name!r} has init_lora_weights="fim", which get_peft_model(..., mixed=True) cannot '
+                "create: leave out mixed=True, or call `get_fim_scores` on the plain model, and pass the config that "
+                "`RankAllocation.from_scores(scores, config).to_lora_config(config)` returns."
+            )
+        inject_adapter(self, model, adapter_name, *args, **kwargs)
+
+    return inject
+
+
+def _wrap_unload(unload: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Let the plain model that `unload` and `merge_and_unload` return have no hooks."""
+
+    @functools.wraps(unload)
+    def unload_and_stop(self: LoraModel, *args: Any, **kwargs: Any) -> nn.Module:
+        model = unload(self, *args, **kwargs)
+        stop_watching_all(model)
+        return model
+
+    return unload_and_stop
+
+
+def _wrap_delete_adapter(delete_adapter: Callable[..., None]) -> Callable[..., None]:
+    """Remove the hooks of an adapter with its first layer: PEFT, transformers and diffusers delete layer by layer."""
+
+    @functools.wraps(delete_adapter)
+    def delete_and_stop(self: LoraLayer, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        delete_adapter(self, adapter_name, *args, **kwargs)
+        stop_watching_layer(self, adapter_name)
+
+    return delete_and_stop
 
 
 def _put_on_devices(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:

@@ -19,8 +19,8 @@ from .lora_layers import adapter_layers
 
 NormRecorder = Recorder[Norms, FimScores]
 
-# Attribute of the base model: adapter name to `WatchedAdapter`. It is a plain attribute, so that copies and pickles of
-# the model include it, and state dicts do not.
+# Attribute of the base model and of its LoRA layers: adapter name to `WatchedAdapter`. It is a plain attribute, so
+# that copies and pickles of the model include it, and state dicts do not.
 _ATTRIBUTE = "_fim_lora"
 
 
@@ -50,7 +50,9 @@ def watch(
         recorder.start(tuner, model, adapters=adapters, max_batches=config.fim_config.fim_calibration_batches)
         torch.compiler.reset()  # code that was compiled before would not call the hooks
     if recorder is not None or converted is not None:
-        model.__dict__.setdefault(_ATTRIBUTE, {})[adapter_name] = WatchedAdapter(recorder, converted)
+        watched = WatchedAdapter(recorder, converted)
+        for module in (model, *layers.values()):
+            module.__dict__.setdefault(_ATTRIBUTE, {})[adapter_name] = watched
 
 
 def watched_adapter(model: nn.Module, adapter_name: str) -> WatchedAdapter:
@@ -64,35 +66,57 @@ def watched_adapter(model: nn.Module, adapter_name: str) -> WatchedAdapter:
 def stop_watching(model: nn.Module, adapter_name: str) -> None:
     """Remove the hooks of an adapter and what is stored for it."""
     for module in model.modules():
-        by_adapter = module.__dict__.get(_ATTRIBUTE, {})
-        if adapter_name not in by_adapter:
-            continue
-        recorder = by_adapter.pop(adapter_name).recorder
-        if recorder is not None:
-            recorder.stop()
-            torch.compiler.reset()  # code that was compiled before would go on calling the hooks
-        if not by_adapter:
-            del module.__dict__[_ATTRIBUTE]
+        _stop_watching(module, adapter_name)
+
+
+def stop_watching_all(model: nn.Module) -> None:
+    """Remove the hooks of all adapters of a model that await their ranks, and what is stored for them."""
+    for module in model.modules():
+        for adapter_name in list(module.__dict__.get(_ATTRIBUTE, {})):
+            _stop_watching(module, adapter_name)
+
+
+def stop_watching_layer(layer: LoraLayer, adapter_name: str) -> None:
+    """As `stop_watching`, for code that knows only one layer of the adapter, such as PEFT's `delete_adapter`."""
+    _stop_watching(layer, adapter_name)
+
+
+def _stop_watching(module: nn.Module, adapter_name: str) -> None:
+    by_adapter = module.__dict__.get(_ATTRIBUTE, {})
+    if adapter_name not in by_adapter:
+        return
+    watched = by_adapter.pop(adapter_name)
+    if not by_adapter:
+        del module.__dict__[_ATTRIBUTE]
+    if watched.recorder is not None:
+        watched.recorder.stop()
+        torch.compiler.reset()  # code that was compiled before would go on calling the hooks
+    # Other modules may still refer to it.
+    watched.recorder = watched.converted_targets = None
 
 
 @contextmanager
-def lora_layers_disabled(model: nn.Module) -> Iterator[None]:
+def lora_layers_disabled(model: nn.Module, part: nn.Module | None = None) -> Iterator[None]:
     """Disable the LoRA layers of all adapters and pause their recorders; restore both when the block ends.
 
-    `modules_to_save` stay in use, because they are part of the loss that will be trained. Raises `ValueError` if an
-    adapter is merged, because PEFT would remove it from the base weights for good.
+    If only a part of the model was adapted, `part` is that part, and adapters in other parts stay in use, as
+    `modules_to_save` do, because they belong to the loss that will be trained. Raises `ValueError` if an adapter is
+    merged, because PEFT would remove it from the base weights for good.
     """
-    require_unmerged(model)
-    modules = list(model.modules())
-    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    part = model if part is None else part
+    require_unmerged(part)
+    layers = [module for module in part.modules() if isinstance(module, LoraLayer)]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     with requires_grad_restored(parameters), ExitStack() as stack:
-        for module in modules:
-            for adapter in module.__dict__.get(_ATTRIBUTE, {}).values():
-                if adapter.recorder is not None:
-                    stack.callback(setattr, adapter.recorder, "paused", adapter.recorder.paused)
-                    adapter.recorder.paused = True
+        for recorder in _recorders(model):
+            stack.callback(setattr, recorder, "paused", recorder.paused)
+            recorder.paused = True
         for layer in layers:
             stack.callback(layer.enable_adapters, not layer.disable_adapters)
             layer.enable_adapters(False)
         yield
+
+
+def _recorders(model: nn.Module) -> list[NormRecorder]:
+    watched = [one for module in model.modules() for one in module.__dict__.get(_ATTRIBUTE, {}).values()]
+    return list({id(one.recorder): one.recorder for one in watched if one.recorder is not None}.values())

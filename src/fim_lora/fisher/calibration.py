@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ..runtime.distributed import batches_in_lockstep, gather_from_all
 from ..runtime.flags import frozen_eval_mode
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
+from .doubts import NAME_THE_LABELS
 from .layers.batch_size import batch_size_of, loss_terms_of
 from .layers.registry import TargetLayer
 from .norm_sums import CAUSES_OF_NO_GRADIENT
@@ -82,7 +83,7 @@ def calibrate(
         RuntimeError: See `result` of the statistic, such as `NormSums.result`.
     """
     model = unwrap_engine(model)
-    recorder, probe = Recorder(layers, statistic), RowProbe()
+    recorder, probe = Recorder(layers, statistic, NAME_THE_LABELS), RowProbe()
     recorder.attribute_rows(probe)
     forward_fn = forward_fn or forward_fn_default
     in_lockstep = loss_communicates or needs_all_processes(model)

@@ -4,10 +4,11 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 
-_DECLARE = (
+DECLARE = (
     "Say how many examples a batch has, and how rows follow each other, with `with fim_lora.calibration_batch(model, "
-    "num_examples, rows=...)` around each forward and backward pass"
+    "num_examples, rows=...)` around each forward and backward pass, or pass a `dataloader`"
 )
+NAME_THE_LABELS = "Name the input or the labels, whose leading dimension is the batch, `input_ids` or `labels`"
 
 
 @dataclass
@@ -15,35 +16,35 @@ class Doubts:
     """What was assumed about batches, because they did not show it.
 
     Attributes:
+        way_out: What the user can do, as a sentence without a full stop.
         several_forward_passes: Whether several forward passes of a loop of one's own came before one backward pass.
         uncertain_batch_size: Whether the inputs of a forward pass left their number of examples open.
     """
 
+    way_out: str = DECLARE
     several_forward_passes: bool = False
     uncertain_batch_size: bool = False
 
-    def warn(self, ambiguous_layers: Collection[str], is_own_loop: bool, stacklevel: int = 4) -> None:
+    def warn(self, ambiguous_layers: Collection[str], stacklevel: int = 4) -> None:
         """Warn of every assumption, and of layers whose rows could belong to the examples in several ways."""
         if self.several_forward_passes:
             warnings.warn(
                 "The model was called several times before one backward pass, and every call was taken for another "
                 "view of the same examples. If the calls are pieces of one batch, the scores are wrong. "
-                f"{_DECLARE}.",
+                f"{self.way_out}.",
                 stacklevel=stacklevel,
             )
         if self.uncertain_batch_size:
-            name_it = "Name the input or the labels, whose leading dimension it is, `input_ids` or `labels`"
             warnings.warn(
                 "The batches do not show how many examples they hold: the leading dimensions of their tensors differ, "
                 "or they have none. The first one was taken, and the scores are wrong if it is another number. "
-                f"{_DECLARE if is_own_loop else name_it}.",
+                f"{self.way_out}.",
                 stacklevel=stacklevel,
             )
         if ambiguous_layers:
             warnings.warn(
                 f"The rows of the inputs of {len(ambiguous_layers)} layers could belong to the examples of a batch in "
                 "several ways. They were taken as consecutive rows of each example, or as sequences whose second "
-                f"dimension is the batch: {sorted(ambiguous_layers)}. {_DECLARE}, or pass a `dataloader`, with which "
-                "it is found out.",
+                f"dimension is the batch: {sorted(ambiguous_layers)}. {self.way_out}.",
                 stacklevel=stacklevel,
             )

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..runtime.distributed import gather_from_all
-from .doubts import Doubts
+from .doubts import DECLARE, Doubts
 from .hooks import AdapterHook, RootHook, is_inside_backward, layer_hook
 from .layers.attribution import UnattributableError
 from .layers.batch_size import BatchSize
@@ -45,13 +45,17 @@ class Recorder(Generic[Measurement, Result]):
     Args:
         layers: Name, as in the base model, to target layer, PEFT's LoRA layer or base layer.
         statistic: What to measure.
+        way_out: What the user can do where passes do not show which rows belong to which example.
 
     Raises:
         TypeError: If a layer's class has no registered layer type.
     """
 
     def __init__(
-        self, layers: Mapping[str, TargetLayer | nn.Module], statistic: Statistic[Measurement, Result]
+        self,
+        layers: Mapping[str, TargetLayer | nn.Module],
+        statistic: Statistic[Measurement, Result],
+        way_out: str = DECLARE,
     ) -> None:
         self.layers = {
             name: layer if isinstance(layer, TargetLayer) else target_layer(name, layer)
@@ -66,7 +70,7 @@ class Recorder(Generic[Measurement, Result]):
         self._evaluating = False
         self._rows: RowProbe | RowRules = RowRules()
         self._num_examples: int | None = None
-        self._doubts = Doubts()
+        self._doubts = Doubts(way_out)
         self._handles: list[RemovableHandle] = []
 
     def start(
@@ -169,8 +173,7 @@ class Recorder(Generic[Measurement, Result]):
             RuntimeError: If another process failed; see also `result` of the statistic, such as `NormSums.result`.
         """
         result = self.merged_statistic().result(self.layers)
-        is_own_loop = isinstance(self._rows, RowRules)
-        self._doubts.warn(self._rows.ambiguous if isinstance(self._rows, RowRules) else (), is_own_loop)
+        self._doubts.warn(self._rows.ambiguous if isinstance(self._rows, RowRules) else ())
         return result
 
     def merged_statistic(self) -> Statistic[Measurement, Result]:

@@ -196,10 +196,7 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         return sum(layer.parameters_per_rank * layer.rank for layer in self.values())
 
     def order(self, at_least: Mapping[str, int] | None = None) -> list[Component]:
-        """All components, those to keep first at the beginning: by priority per parameter, over all layers.
-
-        `at_least` maps layer names to a number of components that come before all others.
-        """
+        """All components by falling priority per parameter; those that `at_least` requires of a layer come first."""
         return order_of_components({name: layer.priorities for name, layer in self.items()}, self.costs, at_least)
 
     def keep(self, parameters: int, *, r_max: int | None = None, at_least: Mapping[str, int] | None = None) -> Kept:

@@ -12,13 +12,12 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from ..adapter.adapted_part import adapted_part
 from ..adapter.fit_checkpoint import fit_to_checkpoints, stop_fitting
 from ..compression import LoraCompression
 from ..runtime.wrappers import unwrap
+from .trainer_kinds import rows_per_example_in_passes
 from .wide_phase import WidePhase, WideSettings
-
-# Arguments of trainers whose batches hold all chosen texts, then all rejected ones, and an example is a pair.
-_ARGUMENTS_OF_PAIRS = {"DPOConfig", "RewardConfig"}
 
 # Kinds of parallel training in which processes hold other tensors than the model's parameters.
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -54,11 +53,12 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
         cut_at_step: The step of the cut; `None` before it.
 
     Raises:
-        ValueError: If an argument is out of range. When the training begins: if the adapter does not exist, is not
-            larger than `r`, or has a form that `compress_lora` refuses; if the cut would come before the second step;
-            if the trainer shards the model (FSDP, DeepSpeed) or uses `nn.DataParallel`; if the optimizer does not
-            hold the adapter, or has no learning rate for `wide_scale` to change; or if the checkpoint belongs to
-            another run. When a checkpoint is loaded: if its adapter is larger than that of the model.
+        ValueError: If an argument is out of range. When the training begins: if the adapter does not exist, is in
+            several parts of the model, is not larger than `r`, or has a form that `compress_lora` refuses; if the cut
+            would come before the second step; if the trainer shards the model (FSDP, DeepSpeed) or uses
+            `nn.DataParallel`; if the optimizer does not hold the adapter, or has no learning rate for `wide_scale` to
+            change; or if the checkpoint belongs to another run. When a checkpoint is loaded: if its adapter is larger
+            than that of the model.
         TypeError: If the optimizer is not one of PyTorch, or a layer's class is not supported.
         RuntimeError: At the cut, if no batch had finite gradients, or every gradient is zero.
     """
@@ -100,7 +100,7 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
     ) -> None:
         """Prepare the model for checkpoints that were saved after the cut."""
         if model is not None:
-            fit_to_checkpoints(unwrap(model), self.adapter_name, optimizer)
+            fit_to_checkpoints(adapted_part(unwrap(model), self.adapter_name), self.adapter_name, optimizer)
 
     def on_train_begin(
         self,
@@ -174,7 +174,7 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
         **kwargs: Any,
     ) -> None:
         """Remove all hooks; warn if the training ended before the cut."""
-        stop_fitting(unwrap(model), self.adapter_name)
+        stop_fitting(adapted_part(unwrap(model), self.adapter_name), self.adapter_name)
         if self._phase is not None:
             warnings.warn(
                 f"The training stopped at step {state.global_step}, before the cut at step "
@@ -214,10 +214,8 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
                 "`num_batches`.",
                 stacklevel=4,
             )
-        in_pairs = any(parent.__name__ in _ARGUMENTS_OF_PAIRS for parent in type(args).__mro__)
-        return WideSettings(
-            self.adapter_name, self.r, self.wide_scale, first_step, cut_step, self.num_batches, 2 if in_pairs else 1
-        )
+        rows = rows_per_example_in_passes(args)
+        return WideSettings(self.adapter_name, self.r, self.wide_scale, first_step, cut_step, self.num_batches, rows)
 
     def _cut_before(self, state: TrainerState) -> int | None:
         """The step at which the adapter of the checkpoint was cut; `None` if it was not, or there is none."""

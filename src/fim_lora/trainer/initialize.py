@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..adapter.adapted_part import adapted_part
 from ..adapter.checks import require_unmerged
 from ..adapter.lora_layers import adapter_layers
 from ..adapter.pending_config import awaiting_config
@@ -23,13 +24,15 @@ from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..runtime.atomic import file_restorer
 from ..runtime.distributed import is_main_process, run_on_all
+from ..runtime.flags import frozen_eval_mode
 from ..scoring import calibrated_scores
+from .trainer_kinds import require_complete_batches, rows_per_example_in_batches
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-# Their batches hold all chosen texts, then all rejected ones, and an example is a pair.
-_TRAINERS_OF_PAIRS = {"DPOTrainer", "RewardTrainer"}
+# Attributes in which trainers of TRL and sentence-transformers collect what they log.
+_METRICS = ("_metrics", "_stored_metrics", "accum_loss_components")
 
 
 def initialize_lora_fim_ranks_for_trainer(
@@ -49,8 +52,8 @@ def initialize_lora_fim_ranks_for_trainer(
     script with `resume_from_checkpoint`: then the ranks come from that file, and no calibration runs.
 
     Args:
-        trainer: A trainer that has not trained yet, whose model has an adapter that awaits allocation. TRL creates it
-            from its `peft_config`.
+        trainer: A trainer that has not trained yet, whose model has an adapter that awaits allocation, or holds a
+            model with one, as a `SentenceTransformer` does. TRL creates the adapter from its `peft_config`.
         adapter_name: The adapter.
         resume_from_checkpoint: As for `trainer.train`: a folder, or `True` for the last one in `output_dir`.
         show_progress_bar: Whether to show a progress bar.
@@ -59,32 +62,34 @@ def initialize_lora_fim_ranks_for_trainer(
         Ranks, patterns, scores and counts.
 
     Raises:
-        ValueError: If the trainer has begun to train, or shards its model (FSDP, ZeRO-3); if there is no checkpoint
-            to resume from, or its ranks are not those of the adapter's config; see also `initialize_lora_fim_ranks`.
+        ValueError: If the trainer is one of TRL whose batches do not determine the loss, such as `GRPOTrainer`; if it
+            has begun to train, or shards its model (FSDP, ZeRO-3); if there is no checkpoint to resume from, or its
+            ranks are not those of the adapter's config; see also `initialize_lora_fim_ranks`.
         InvalidFileError: If `fim_allocation.json` beside the checkpoint is damaged.
         OSError: If it cannot be read or written.
         TypeError: See `initialize_lora_fim_ranks`.
         RuntimeError: See `initialize_lora_fim_ranks`.
     """
-    model = trainer.model
-    config = awaiting_config(model, adapter_name)
+    require_complete_batches(trainer)
+    model, part = trainer.model, adapted_part(trainer.model, adapter_name)
+    config = awaiting_config(part, adapter_name)
     _require_untrained(trainer)
-    require_unmerged(model)
+    require_unmerged(part)
     forward_fn = _forward_fn(trainer)
-    with _training_batches(trainer) as batches:
+    with _training_batches(trainer) as batches, _without_other_processes(trainer):
         if resume_from_checkpoint:
             scores = run_on_all(lambda: _previous_scores(trainer, resume_from_checkpoint, config))
         else:
-            with lora_layers_disabled(model):
+            with _frozen_companions(trainer), lora_layers_disabled(model, part):
                 scores = calibrated_scores(
                     model,
-                    adapter_layers(model, adapter_name),
+                    adapter_layers(part, adapter_name),
                     batches,
                     config,
                     forward_fn,
                     show_progress_bar,
                     loss_communicates=True,
-                    sequences_per_example=_sequences_per_example(trainer),
+                    sequences_per_example=rows_per_example_in_batches(trainer.args),
                 )
         # The checkpoint may be in another folder.
         with _saved(RankAllocation.from_scores(scores, config), Path(trainer.args.output_dir) / ALLOCATION_FILE):
@@ -105,31 +110,55 @@ def _require_untrained(trainer: Trainer) -> None:
         )
 
 
-def _sequences_per_example(trainer: Trainer) -> int:
-    return 2 if any(parent.__name__ in _TRAINERS_OF_PAIRS for parent in type(trainer).__mro__) else 1
-
-
 def _forward_fn(trainer: Trainer) -> Any:
     autocast = trainer.accelerator.autocast if trainer.accelerator.mixed_precision == "bf16" else nullcontext
 
     def loss(model: nn.Module, batch: Any) -> Any:
+        # As for an optimizer step of one micro-batch: losses that divide by this number are then the mean over it.
+        (batch,), num_items = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
         with autocast(), trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, trainer._prepare_inputs(batch))
+            return trainer.compute_loss(model, trainer._prepare_inputs(batch), num_items_in_batch=num_items)
 
     return loss
+
+
+@contextmanager
+def _without_other_processes(trainer: Trainer) -> Iterator[None]:
+    """Let the trainer compute the loss of a batch from this batch alone, and on one device, as the scores assume.
+
+    In training it divides by the number of tokens of all processes, and multiplies by the number of processes.
+    """
+    arguments = trainer.args
+    before = arguments.average_tokens_across_devices, arguments.n_gpu
+    arguments.average_tokens_across_devices, arguments._n_gpu = False, min(arguments.n_gpu, 1)
+    try:
+        yield
+    finally:
+        arguments.average_tokens_across_devices, arguments._n_gpu = before
+
+
+@contextmanager
+def _frozen_companions(trainer: Trainer) -> Iterator[None]:
+    """Freeze the modules that the trainer's loss may use besides the model, such as a loss with its own weights."""
+    values = [item for one in vars(trainer).values() for item in (one.values() if isinstance(one, dict) else (one,))]
+    companions = {id(value): value for value in values if isinstance(value, nn.Module)}
+    with ExitStack() as stack:
+        for module in companions.values():
+            stack.enter_context(frozen_eval_mode(module))
+        yield
 
 
 @contextmanager
 def _training_batches(trainer: Trainer) -> Iterator[Any]:
     """Yield the dataloader; then restore what its batches, and losses computed from them, changed in the trainer."""
     dataloader = trainer.get_train_dataloader()
-    # Trainers of TRL collect metrics whenever they compute a loss, and average them into the next log.
-    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
+    # Many trainers collect metrics whenever they compute a loss, and average them into the next log.
+    metrics = {name: copy.deepcopy(getattr(trainer, name)) for name in _METRICS if hasattr(trainer, name)}
     try:
         yield dataloader
     finally:
-        if metrics is not None:
-            trainer._metrics = metrics
+        for name, value in metrics.items():
+            setattr(trainer, name, value)
         # Otherwise Accelerate would treat the trainer as being in the middle of these batches.
         state = trainer.accelerator.gradient_state
         if any(reference is dataloader for reference in state.dataloader_references):

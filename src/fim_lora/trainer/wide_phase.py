@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from ..adapter.adapted_part import adapted_part
 from ..adapter.checks import require_active, require_unsharded
 from ..adapter.factors import weights_of
 from ..adapter.pending_config import lora_config_of
@@ -49,6 +50,9 @@ class WideSettings:
     sequences_per_example: int = 1
 
 
+_WAY_OUT = "If that is wrong, cut the adapter after the training, by `get_lora_spectrum` with a dataloader"
+
+
 class WidePhase:
     """A training with a wide adapter, from its beginning to the cut.
 
@@ -66,17 +70,18 @@ class WidePhase:
     def __init__(self, model: nn.Module, optimizer: Any, settings: WideSettings) -> None:
         self.settings = settings
         self._model, self._optimizer = model, optimizer
-        self._layers = checked_layers(model, settings.adapter_name)
+        self._part = adapted_part(model, settings.adapter_name)
+        self._layers = checked_layers(self._part, settings.adapter_name)
         require_unsharded(model, self._layers)
         require_active(self._layers, settings.adapter_name)
-        self._adapted = adapted_layers(model, self._layers, settings.adapter_name)
-        _require_larger(lora_config_of(model, settings.adapter_name).r, self._layers, self._adapted, settings)
+        self._adapted = adapted_layers(self._part, self._layers, settings.adapter_name)
+        _require_larger(lora_config_of(self._part, settings.adapter_name).r, self._layers, self._adapted, settings)
         self._groups = _groups_of(optimizer, self._layers, settings)
         self._rates: list[Any] = []
         shapes = {name: one.shape for name, one in plain_adapters(self._layers, settings.adapter_name).items()}
         self._moments = TrainingMoments.for_training(shapes, settings.sequences_per_example)
         statistic: AdapterMoments = self._moments
-        self._recorder: Recorder[MeasuredLayer, AdapterMoments] = Recorder(self._adapted, statistic)
+        self._recorder: Recorder[MeasuredLayer, AdapterMoments] = Recorder(self._adapted, statistic, _WAY_OUT)
         self._records = False
         self._finder = DataParallelFinder(model) if dist.is_available() and dist.is_initialized() else None
 
@@ -128,9 +133,11 @@ class WidePhase:
 
     def _start_recorder(self) -> None:
         roots = [self._model]
-        if isinstance(self._model, PeftModel):
+        if isinstance(self._part, PeftModel):
             # Some trainers call the tuner, or the model inside of it.
-            roots += [self._model.base_model, self._model.get_base_model()]
+            roots += [self._part.base_model, self._part.get_base_model()]
+        if self._part is not self._model:
+            roots.append(self._part)  # losses of sentence-transformers call it several times
         self._recorder.start(*roots, max_batches=self.settings.num_batches)
         self._records = True
         torch.compiler.reset()  # code that was compiled before would not call the hooks

@@ -85,9 +85,18 @@ def _positions(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int)
     for call in calls:
         found = (call.gradient.shape[-1], call.input.shape[-1])
         if found != shape:
-            raise ValueError(
-                f"Layer {target.name!r} is {shape}, but in this process it is {found}. {TENSOR_PARALLELISM}"
-            )
+            raise ValueError(_shape_error(target, shape, found))
     pairs = [by_example(call.input, call.gradient, batch_size) for call in calls]
     x, g = concatenate_calls([(flatten_positions(x), flatten_positions(g)) for x, g in pairs])
     return x, g
+
+
+def _shape_error(target: TargetLayer, shape: tuple[int, int], found: tuple[int, int]) -> str:
+    kind = type(target.module)
+    if isinstance(target.module, nn.Linear) and kind.forward is not nn.Linear.forward:
+        return (
+            f"Layer {target.name!r} has a weight of shape {shape}, but its {kind.__name__} maps {found[1]} inputs to "
+            f"{found[0]} outputs: it is not a linear layer, but for example one of several groups. Remove it from "
+            "`target_modules`, add it to `exclude_modules`, or register its class with `fim_lora.register_layer_type`."
+        )
+    return f"Layer {target.name!r} is {shape}, but in this process it is {found}. {TENSOR_PARALLELISM}"
