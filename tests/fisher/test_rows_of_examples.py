@@ -1,15 +1,18 @@
 """Which rows of a layer belong to which example, where shapes do not say it; the truth is autograd in float64."""
 
 import warnings
+from collections import UserDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import BatchEncoding, BatchFeature
 
 import fim_lora
 from fim_lora import FimConfig, initialize_lora_fim_ranks
+from fim_lora.fisher.layers.batch_size import batch_size_of
 from helpers.calibration import assert_scores, scores_of
 from helpers.tiny_models import llama, token_batch
 
@@ -303,7 +306,7 @@ def test_an_unknown_order_of_rows():
         fim_lora.calibration_batch(own_loop_model(), 4, rows="mixed").__enter__()
 
 
-@pytest.mark.parametrize("number", [0, -1, 2.5])
+@pytest.mark.parametrize("number", [0, -1, 2.5, True])
 def test_a_number_of_examples_that_is_none(number):
     with pytest.raises(ValueError, match=f"num_examples must be a positive integer, got {number}"):
         fim_lora.calibration_batch(own_loop_model(), number).__enter__()
@@ -362,3 +365,272 @@ def test_diagonals_of_stacked_halves():
     )
     for name, diagonal in separate.items():
         torch.testing.assert_close(stacked[name], diagonal, rtol=1e-6, atol=0)
+
+
+# What must not mislead the further pass
+
+
+class Flattening(nn.Module):
+    """A layer that keeps the batch, and one that flattens it."""
+
+    def __init__(self, width=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kept, self.flattened = nn.Linear(width, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.flattened(torch.tanh(self.kept(x)).flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def flattening_batch(size=4, length=3):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(size, length, 5, generator=generator, dtype=torch.float64)
+    return {"x": x, "y": torch.randn(size, length, 3, generator=generator, dtype=torch.float64)}
+
+
+def squared_errors(net, batch):
+    return (net(batch["x"]) - batch["y"]).square().mean()
+
+
+def assert_flattening_scores(batches, forward_fn, batch=None):
+    batch, net = batch or flattening_batch(), Flattening().double()
+    weights = {name: net.get_submodule(name).weight for name in ("kept", "flattened")}
+    truth = truth_of(
+        lambda t: squared_errors(net, {name: value[[t]] for name, value in batch.items()}), weights, len(batch["x"])
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_scores(scores_of(net, batches, list(weights), forward_fn=forward_fn), truth)
+
+
+@pytest.mark.parametrize("kind", [BatchEncoding, BatchFeature, UserDict, dict])
+def test_batches_of_other_mappings(kind):
+    assert_flattening_scores([kind(flattening_batch())], squared_errors)
+
+
+def test_a_list_of_examples():
+    batch = flattening_batch()
+    examples = [{name: value[t] for name, value in batch.items()} for t in range(4)]
+
+    def of_list(net, examples):
+        return squared_errors(net, {name: torch.stack([one[name] for one in examples]) for name in ("x", "y")})
+
+    assert_flattening_scores([examples], of_list)
+
+
+def test_texts_that_the_forward_function_tokenizes():
+    batch = flattening_batch()
+    rows = {text: batch["x"][place] for place, text in enumerate("abcd")}
+
+    def tokenized(net, batch):
+        return squared_errors(net, {"x": torch.stack([rows[text] for text in batch["texts"]]), "y": batch["y"]})
+
+    assert_flattening_scores([{"texts": list("abcd"), "y": batch["y"]}], tokenized)
+
+
+def test_a_forward_function_that_changes_the_batch():
+    def popping(net, batch):
+        y = batch.pop("y")
+        batch["x"].mul_(2)
+        return squared_errors(net, {"x": batch["x"], "y": y})
+
+    batch = flattening_batch()
+    doubled = {"x": 2 * batch["x"], "y": batch["y"]}
+    assert_flattening_scores([batch], popping, doubled)
+
+
+def test_several_rows_of_the_batch_for_each_example():
+    """As packed patches of images: the batch itself has three rows for each example."""
+    batch = flattening_batch()
+    packed = {"patches": batch["x"].flatten(0, 1), "labels": batch["y"]}
+
+    def unpacking(net, batch):
+        x = batch["patches"].unflatten(0, (len(batch["labels"]), -1))
+        return squared_errors(net, {"x": x, "y": batch["labels"]})
+
+    assert_flattening_scores([packed], unpacking)
+
+
+def test_labels_of_flattened_positions_are_not_the_examples():
+    batch = flattening_batch()
+    flat = {"x": batch["x"], "y": batch["y"][..., 0].flatten()}
+    assert batch_size_of(flat) == (4, False)
+
+
+def noisy(net, batch):
+    return squared_errors(net, {"x": batch["x"] + torch.randn_like(batch["x"]), "y": batch["y"]})
+
+
+def refusing_another_order(net, batch):
+    if not torch.equal(batch["x"], flattening_batch()["x"]):
+        raise RuntimeError("lengths have to be sorted")
+    return squared_errors(net, batch)
+
+
+@pytest.mark.parametrize("forward_fn", [noisy, refusing_another_order])
+def test_a_further_pass_that_says_nothing_spoils_only_what_is_open(forward_fn):
+    net = Flattening().double()
+    with pytest.warns(UserWarning, match=r"The inputs of 1 layers could not be attributed.*\['flattened'\]"):
+        scores = scores_of(net, [flattening_batch()], ["kept", "flattened"], forward_fn=forward_fn)
+    assert (scores["kept"].num_examples, scores["flattened"].num_examples) == (4, 1)
+
+
+def test_no_memory_in_the_further_pass_is_an_error():
+    calls = []
+
+    def failing(net, batch):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return squared_errors(net, batch)
+
+    net = Flattening().double()
+    state = torch.get_rng_state()
+    with pytest.raises(torch.OutOfMemoryError):
+        scores_of(net, [flattening_batch()], ["kept", "flattened"], forward_fn=failing)
+    assert not net.flattened._forward_hooks
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("length", [4, 12, 64])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_position_tables_of_any_length_belong_to_no_example(length, dimensions):
+    """Also smooth ones, whose rows hardly differ from their neighbors."""
+
+    class WithTable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.smooth, self.out = nn.Embedding(length, 6), nn.Linear(2, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            places = torch.arange(length)
+            waves = torch.stack([(places / 30).sin(), (places / 30).cos()], dim=-1).double()
+            if dimensions == 2:
+                places, waves = places[None], waves[None]
+            return self.out(x + self.table(places) + self.smooth(waves))
+
+    net, generator = WithTable().double(), torch.Generator().manual_seed(0)
+    x, y = (torch.randn(4, length, size, generator=generator, dtype=torch.float64) for size in (6, 3))
+    with pytest.warns(UserWarning, match=r"could not be attributed") as warned:
+        scores = scores_of(net, [{"x": x, "y": y}], ["table", "smooth", "out"], forward_fn=squared_errors)
+    assert "['smooth', 'table']" in str(warned[0].message)
+    assert scores["out"].num_examples == 4
+
+
+# What a declaration means
+
+
+def declared_scores(num_examples, run, rows="consecutive", model=None):
+    model = model or own_loop_model()
+    with fim_lora.calibration_batch(model, num_examples, rows=rows):
+        run(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return scores_in_own_loop(model)
+
+
+def test_inputs_that_are_stacked_before_the_model_is_called():
+    scores = declared_scores(4, lambda model: halves_in_one_pass(model, pairs()).backward(), "stacked")
+    assert_scores(scores, truth_of_pairs(stacked_net(), pairs()))
+
+
+def test_a_backward_pass_after_the_block():
+    model = own_loop_model()
+    with fim_lora.calibration_batch(model, 4, rows="stacked"):
+        loss = distance_of_pairs(model, pairs())
+    loss.backward()
+    assert_scores(scores_in_own_loop(model), truth_of_pairs(stacked_net(), pairs()))
+
+
+def test_a_block_without_a_forward_pass():
+    model = own_loop_model()
+    loss = distance_of_pairs(model, pairs())
+    with (
+        pytest.raises(ValueError, match="No forward pass of the model is inside"),
+        fim_lora.calibration_batch(model, 4, rows="stacked"),
+    ):
+        loss.backward()
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 2), (1, 2, 3)])
+def test_pieces_of_a_batch_of_any_size(sizes):
+    x, y = batch_of_classes()
+
+    def run(model):
+        F.cross_entropy(torch.cat([model(piece) for piece in x.split(sizes)]), y).backward()
+
+    assert_scores(declared_scores(6, run), truth_of_classes(x, y))
+
+
+def adapted_flattening():
+    fim = {"init_lora_weights": "fim", "fim_config": FimConfig()}
+    return get_peft_model(Flattening().double(), LoraConfig(r=2, target_modules=["kept", "flattened"], **fim))
+
+
+def truth_of_flattening(batch):
+    net = Flattening().double()
+    weights = {name: net.get_submodule(name).weight for name in ("kept", "flattened")}
+    return truth_of(
+        lambda t: squared_errors(net, {name: value[[t]] for name, value in batch.items()}), weights, len(batch["x"])
+    )
+
+
+def test_pieces_of_a_batch_through_layers_that_flatten_it():
+    batch = flattening_batch(size=4, length=6)
+
+    def run(model):
+        outputs = [model(piece) for piece in batch["x"].split(2)]
+        (torch.cat(outputs) - batch["y"]).square().mean().backward()
+
+    assert_scores(declared_scores(4, run, model=adapted_flattening()), truth_of_flattening(batch))
+
+
+def test_stacked_inputs_through_layers_that_flatten_them():
+    batch = flattening_batch()
+    other = flattening_batch()["x"] * 0.5
+
+    def loss(net, x, other, y):
+        first, second = net(torch.cat([x, other])).chunk(2)
+        return (first * second - y).square().mean()
+
+    net = Flattening().double()
+    weights = {name: net.get_submodule(name).weight for name in ("kept", "flattened")}
+    truth = truth_of(lambda t: loss(net, batch["x"][[t]], other[[t]], batch["y"][[t]]), weights, 4)
+    scores = declared_scores(
+        4, lambda model: loss(model, batch["x"], other, batch["y"]).backward(), "stacked", adapted_flattening()
+    )
+    assert_scores(scores, truth)
+
+
+@pytest.mark.parametrize(("num_examples", "rows"), [(3, "consecutive"), (8, "consecutive"), (2, "sequence-first")])
+def test_a_number_of_examples_that_fits_to_nothing(num_examples, rows):
+    model = own_loop_model()
+    with (
+        pytest.raises(ValueError, match=f"told of {num_examples} examples.*called with 4 rows"),
+        fim_lora.calibration_batch(model, num_examples, rows=rows),
+    ):
+        model(pairs()["a"]).square().mean().backward()
+
+
+def test_a_layer_that_is_called_without_the_model_warns():
+    model = own_loop_model()
+    model.get_base_model()[0](torch.randn(6, 5, dtype=torch.float64)).square().mean().backward()
+    with pytest.warns(UserWarning, match="do not show how many examples they hold"):
+        scores_in_own_loop(model)
+
+
+def test_positions_in_a_loop_of_ones_own_warn():
+    class WithPositions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.out(x + self.table(torch.arange(x.shape[1])))
+
+    config = LoraConfig(r=2, target_modules=["table", "out"], init_lora_weights="fim", fim_config=FimConfig())
+    model = get_peft_model(WithPositions(), config)
+    model(torch.randn(4, 4, 6)).square().mean().backward()
+    with pytest.warns(UserWarning, match=r"several ways.*'table'"):
+        scores_in_own_loop(model)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -83,8 +84,8 @@ def calibrate(
         RuntimeError: See `result` of the statistic, such as `NormSums.result`.
     """
     model = unwrap_engine(model)
-    recorder, probe = Recorder(layers, statistic, NAME_THE_LABELS), RowProbe()
-    recorder.attribute_rows(probe)
+    probe = RowProbe()
+    recorder = Recorder(layers, statistic, NAME_THE_LABELS, probe)
     forward_fn = forward_fn or forward_fn_default
     in_lockstep = loss_communicates or needs_all_processes(model)
 
@@ -96,11 +97,9 @@ def calibrate(
             recorder.note_batch_size(rows)
             probe.begin_batch(batch)
             loss = loss_of(forward_fn(model, batch))
-            dimensions = probe.dimensions(batch, size)
-            if in_lockstep:
-                dimensions = max(gather_from_all(lambda: dimensions), key=len)
-            if dimensions:
-                probe.decide(lambda other: loss_in(forward_fn(model, other)), batch, size or 1, dimensions, loss)
+            if dimensions := _agreed(probe.dimensions(size), in_lockstep):
+                further = partial(_loss_of_batch, model, forward_fn)
+                probe.decide(further, size or 1, dimensions, loss.detach(), not in_lockstep)
             recorder.note_loss(loss)
             loss.backward()
 
@@ -122,6 +121,15 @@ def calibrate(
             progress.update(is_own)
     _require_batches(recorder.num_batches, num_batches if enough is None else 0)
     return recorder.result()
+
+
+def _agreed(dimensions: tuple[int, ...], in_lockstep: bool) -> tuple[int, ...]:
+    """The dimensions of `RowProbe.dimensions`, the same ones in all processes that run the model together."""
+    return max(gather_from_all(lambda: dimensions), key=len) if in_lockstep else dimensions
+
+
+def _loss_of_batch(model: nn.Module, forward_fn: ForwardFn, batch: Any) -> Tensor:
+    return loss_in(forward_fn(model, batch))
 
 
 def _is_power_of_two(turn: int) -> bool:

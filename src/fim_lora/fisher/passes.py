@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.distributed import process_number
+from .declaration import Declaration
 from .layers.call import LayerCall
 from .saved import SavedTensor
 
@@ -33,6 +34,8 @@ class Pass(Generic[Measurement]):
         process: Number of this process.
         loss: The loss (1), if known.
         num_loss_terms: Terms that the loss is the mean of, if known; see `BatchRows`.
+        declaration: What the user said about the batch.
+        forward_sizes: For each forward pass of the whole model, the number of its rows, if known.
     """
 
     batch_size: int | None = None
@@ -48,14 +51,18 @@ class Pass(Generic[Measurement]):
     process: int = field(default_factory=process_number)
     loss: Tensor | None = None
     num_loss_terms: int | None = None
+    declaration: Declaration | None = None
+    forward_sizes: list[int | None] = field(default_factory=list)
     _calls_before_forward: int = -1
 
-    def begin_forward(self) -> bool:
-        """A forward pass of the whole model begins; return whether it is a further one of this pass.
+    def begin_forward(self, size: int | None) -> bool:
+        """A forward pass of the whole model begins, with this many rows; return whether it is a further one.
 
         A model inside of the model, whose forward pass is a part of it, begins before any further call.
         """
         before, self._calls_before_forward = self._calls_before_forward, sum(self.num_calls.values())
+        if before < self._calls_before_forward:
+            self.forward_sizes.append(size)
         return 0 <= before < self._calls_before_forward
 
     def add_call(self, name: str) -> None:

@@ -16,16 +16,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..runtime.distributed import gather_from_all
+from .declaration import Declaration
 from .doubts import DECLARE, Doubts
 from .hooks import AdapterHook, RootHook, is_inside_backward, layer_hook
 from .layers.attribution import UnattributableError
 from .layers.batch_size import BatchSize
 from .layers.call import LayerCall
 from .layers.registry import TargetLayer, target_layer
-from .layers.rows import joined_pieces, with_examples_first
+from .layers.rows import with_examples_first
 from .passes import Pass
 from .row_probe import RowProbe
-from .row_rules import RowOrder, RowRules
+from .row_rules import RowRules
 from .saved import SavedCall, SavedTensor
 from .statistic import BatchRows, Statistic
 
@@ -46,6 +47,8 @@ class Recorder(Generic[Measurement, Result]):
         layers: Name, as in the base model, to target layer, PEFT's LoRA layer or base layer.
         statistic: What to measure.
         way_out: What the user can do where passes do not show which rows belong to which example.
+        probe: Decides which rows belong to which example, where the shapes of inputs leave several readings. Without
+            it, rules decide, and the result warns of these layers.
 
     Raises:
         TypeError: If a layer's class has no registered layer type.
@@ -56,6 +59,7 @@ class Recorder(Generic[Measurement, Result]):
         layers: Mapping[str, TargetLayer | nn.Module],
         statistic: Statistic[Measurement, Result],
         way_out: str = DECLARE,
+        probe: RowProbe | None = None,
     ) -> None:
         self.layers = {
             name: layer if isinstance(layer, TargetLayer) else target_layer(name, layer)
@@ -68,8 +72,9 @@ class Recorder(Generic[Measurement, Result]):
         self._last_batch: int | None = None
         self._pass: Pass[Measurement] = Pass()
         self._evaluating = False
-        self._rows: RowProbe | RowRules = RowRules()
-        self._num_examples: int | None = None
+        self._rows: RowProbe | RowRules = probe or RowRules()
+        self._declaration: Declaration | None = None
+        self._is_declaration_used = self._has_roots = False
         self._doubts = Doubts(way_out)
         self._handles: list[RemovableHandle] = []
 
@@ -90,6 +95,7 @@ class Recorder(Generic[Measurement, Result]):
         self._close_pass()
         self._pass, self._evaluating = Pass(), False
         self.session += 1  # gradients of calls in earlier sessions are ignored
+        self._has_roots = bool(roots)
         self._last_batch = None if max_batches is None else self.num_batches + max_batches
         for layer in self.layers.values():
             self._handles += layer_hook(self, layer).register()
@@ -136,24 +142,20 @@ class Recorder(Generic[Measurement, Result]):
         if self._pass is current:
             self._finish_batch()
 
-    def attribute_rows(self, probe: RowProbe) -> None:
-        """Let `probe` decide which rows belong to which example, where the shapes of inputs leave several readings.
-
-        Without a probe, `by_example` decides by rules, and the result warns of layers with several readings.
-        """
-        self._rows = probe
-
     @contextmanager
-    def declared_batch(self, num_examples: int, rows: RowOrder) -> Iterator[None]:
-        """Inside the block, batches have this many examples, and their rows this order; see `calibration_batch`."""
-        self._close_pass()
-        before = self._rows, self._num_examples
-        self._rows, self._num_examples = RowRules(rows), num_examples
+    def declared(self, declaration: Declaration) -> Iterator[None]:
+        """Forward passes inside the block belong to batches of which this is known; see `calibration_batch`.
+
+        Raises `ValueError` if there is none.
+        """
+        before, self._declaration = self._declaration, declaration
+        self._is_declaration_used = False
         try:
             yield
         finally:
-            self._close_pass()
-            self._rows, self._num_examples = before
+            self._declaration = before
+        if self._handles and not self._is_declaration_used:
+            raise ValueError("No forward pass of the model is inside of the calibration_batch block: put it there.")
 
     def note_batch_size(self, batch_size: BatchSize) -> None:
         """Note how certain the number of examples of a batch is."""
@@ -195,9 +197,10 @@ class Recorder(Generic[Measurement, Result]):
         self._evaluating = not torch.is_grad_enabled()
         if self._evaluating:
             return
-        is_further = self._pass.begin_forward()
-        if self._num_examples is not None:
-            self._pass.batch_size = self._num_examples
+        is_further = self._pass.begin_forward(batch_size.examples)
+        if self._declaration is not None:
+            self._is_declaration_used = True
+            self._pass.declaration, self._pass.batch_size = self._declaration, self._declaration.num_examples
             return
         self._doubts.several_forward_passes |= is_further
         self.note_batch_size(batch_size)
@@ -223,8 +226,11 @@ class Recorder(Generic[Measurement, Result]):
 
     def _note_rows(self, target: TargetLayer, x: Tensor) -> None:
         size = self._pass.batch_size
+        if size is None and self._has_roots:
+            self._doubts.uncertain_batch_size = True  # the layer was called without the model
+        is_known = self._pass.declaration is not None or self._pass.sequences_per_example > 1
         is_whole = not isinstance(x, DTensor)  # otherwise it is refused after this
-        if size is not None and is_whole and self._pass.sequences_per_example == 1:
+        if size is not None and is_whole and not is_known:
             self._rows.note(target, x, size)
 
     def note_input(self, name: str, saved: SavedTensor) -> None:
@@ -303,8 +309,8 @@ class Recorder(Generic[Measurement, Result]):
         """The calls with the rows of each example together. Raises `UnattributableError`."""
         if current.sequences_per_example > 1:
             return [call.grouped_by_example(size, current.sequences_per_example, layer.is_run_again) for call in calls]
-        if self._num_examples is not None and not layer.is_run_again:
-            calls = joined_pieces(calls, size)
+        if current.declaration is not None:
+            return current.declaration.by_example(layer, calls, current.forward_sizes)
         attributions = [self._rows.attribution(layer, call.input, size) for call in calls]
         return [
             with_examples_first(call, rows, size, layer.is_run_again)

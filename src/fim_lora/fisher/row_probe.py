@@ -5,30 +5,31 @@ are compared by one number for each row, a projection of the row on a fixed vect
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..runtime.replay import RandomState
+from .gradients.products import MAX_TEMPORARY_BYTES
 from .layers.registry import TargetLayer
 from .layers.rows import LEADING, Attribution, RowLayout, is_ambiguous, possible_layouts, row_shape
+from .orders import copied, has_several_orders, tensors_of, with_next_example
 
 # Largest difference between the rows of the two runs, relative to how far the rows moved. It is far above the
 # differences between kernels in bfloat16, and far below those between the rows of two examples.
 _TOLERANCE = 0.1
 
-# Largest relative difference between the losses of a batch and of the same examples in another order.
-_LOSS_TOLERANCE = 1e-3
+# The same for rows that a layout does not move at all, relative to their size.
+_ROUNDING = 1e-6
 
 Projections = list[Tensor]
 
 
-class Shape(NamedTuple):
+class Reading(NamedTuple):
     """A layer, and the layouts that fit to the shape of its input: what the probe decides about."""
 
     layer: str
@@ -36,10 +37,10 @@ class Shape(NamedTuple):
 
 
 class _Order(NamedTuple):
-    """What one order of the examples says: the layout of each shape, and the loss."""
+    """What one order of the examples says: how rows are attributed, and the loss."""
 
-    layouts: dict[Shape, Attribution]
-    loss: float
+    attributions: dict[Reading, Attribution]
+    loss: Tensor
 
 
 @dataclass
@@ -50,44 +51,33 @@ class RowProbe:
         found: What is decided.
     """
 
-    found: dict[Shape, Attribution] = field(default_factory=dict)
+    found: dict[Reading, Attribution] = field(default_factory=dict)
     # Layers with rows that belonged to no example in some batch, such as those that a router chose.
     _without_examples: set[str] = field(default_factory=set)
+    _batch: Any = None
     _random: RandomState = field(default_factory=RandomState.capture)
-    _current: dict[Shape, Projections] = field(default_factory=lambda: defaultdict(list))
-    _moved: dict[Shape, Projections] | None = None
-    _open: set[Shape] = field(default_factory=set)
+    _current: dict[Reading, Projections] = field(default_factory=lambda: defaultdict(list))
+    _moved: dict[Reading, Projections] | None = None
+    _open: set[Reading] = field(default_factory=set)
 
     @property
     def is_running(self) -> bool:
         """Whether the present forward pass is the one with the examples in another order."""
         return self._moved is not None
 
-    def dimensions(self, batch: Any, batch_size: int | None) -> tuple[int, ...]:
-        """The dimensions that may hold the examples of the batch: none if nothing in the current pass is open.
-
-        There are two if both first dimensions of a tensor have the size of the batch.
-        """
-        if not self._open:
-            return ()
-        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        is_square = any(value.ndim >= 2 and value.shape[0] == value.shape[1] == batch_size for value in tensors)
-        return (0, 1) if is_square else (0,)
-
     def begin_batch(self, batch: Any) -> None:
-        """A batch begins. Random numbers of the other order will be those of its forward pass."""
+        """A batch begins. The other order will start from the same values and random numbers."""
         # Nothing in the batch before it was ambiguous, so its shapes have one reading each.
         self.found.update({key: key.layouts[0] for key in self._current})
-        self._current.clear()
-        self._open.clear()
-        self._random = RandomState.capture(batch)
+        self._clear()
+        self._batch, self._random = copied(batch), RandomState.capture(*tensors_of(batch))
 
     def note(self, target: TargetLayer, x: Tensor, batch_size: int) -> None:
         """Note the input of a call in the forward pass."""
         shape = row_shape(x)
         if batch_size == 1:
             return
-        key = Shape(target.name, possible_layouts(shape, batch_size, target.batch_dimensions))
+        key = Reading(target.name, possible_layouts(shape, batch_size, target.batch_dimensions))
         if not key.layouts:
             self._without_examples.add(target.name)
         elif key in self.found:
@@ -97,7 +87,7 @@ class RowProbe:
         else:
             self._note_rows(key, shape, x, batch_size)
 
-    def _note_rows(self, key: Shape, shape: tuple[int, ...], x: Tensor, batch_size: int) -> None:
+    def _note_rows(self, key: Reading, shape: tuple[int, ...], x: Tensor, batch_size: int) -> None:
         current = self._current if self._moved is None else self._moved
         current[key].append(projections(x, len(shape)))
         # Ids of one dimension may be positions, which all examples share.
@@ -107,62 +97,93 @@ class RowProbe:
 
     def attribution(self, target: TargetLayer, x: Tensor, batch_size: int) -> Attribution:
         """How the rows of a call are attributed to examples; by rules if nothing had to be decided."""
-        key = Shape(target.name, possible_layouts(row_shape(x), batch_size, target.batch_dimensions))
+        key = Reading(target.name, possible_layouts(row_shape(x), batch_size, target.batch_dimensions))
         return self.found.get(key, "by rules")
+
+    def dimensions(self, batch_size: int | None) -> tuple[int, ...]:
+        """The dimensions that may hold the examples of the batch: none if nothing in the current pass is open."""
+        if not self._open or batch_size is None:
+            return ()
+        return (0, 1) if has_several_orders(self._batch, batch_size) else (0,)
 
     @torch.no_grad()
     def decide(
-        self, run: Callable[[Any], Tensor], batch: Any, batch_size: int, dimensions: Sequence[int], loss: Tensor
+        self,
+        run: Callable[[Any], Tensor],
+        batch_size: int,
+        dimensions: Sequence[int],
+        loss: Tensor,
+        may_fail: bool,
     ) -> None:
-        """Run the batch in another order, and decide about all shapes of the current pass.
+        """Run the batch in another order, and decide about the layers of the current pass.
+
+        If the other order has another loss, the examples were not just reordered: random numbers are drawn for each
+        place, or something besides the batch belongs to the examples. Then open readings stay without examples.
 
         Args:
             run: Function of a batch that runs the forward pass and returns the loss.
-            batch: The batch.
-            batch_size: Examples in it.
+            batch_size: Examples in the batch.
             dimensions: From `dimensions`. Processes that run the model together need the same ones.
             loss: The loss of the batch in its own order.
+            may_fail: Whether an order that the model refuses, such as lengths that have to be sorted, says nothing.
+                Otherwise the exception is raised.
         """
-        orders = []
-        for dimension in dimensions:
-            with self._another_order() as moved:
-                other = run(with_next_example(batch, batch_size, dimension))
-            orders.append(_Order(self._fitting(moved, batch_size), float(other)))
-        if len(orders) > 1:
-            orders = _best(orders, float(loss))
+        orders = [self._try_order(run, batch_size, dimension, may_fail) for dimension in dimensions]
+        best = _best([order for order in orders if order is not None and _is_same(order.loss, loss)])
         for key in self._current:
-            answers = {order.layouts[key] for order in orders}
+            answers = {order.attributions[key] for order in best}
+            if not best and len(key.layouts) == 1 and key not in self._open:
+                answers = {key.layouts[0]}
             self.found[key] = answers.pop() if len(answers) == 1 else "none"
             if self.found[key] == "none":
                 self._without_examples.add(key.layer)
-        self._current.clear()
-        self._open.clear()
+        self._clear()
 
-    @contextmanager
-    def _another_order(self) -> Iterator[dict[Shape, Projections]]:
-        self._moved = defaultdict(list)
+    def _try_order(
+        self, run: Callable[[Any], Tensor], batch_size: int, dimension: int, may_fail: bool
+    ) -> _Order | None:
+        moved: dict[Reading, Projections] = defaultdict(list)
         try:
-            with self._random.restored():
-                yield self._moved
-        finally:
-            self._moved = None
-
-    def _fitting(self, moved: Mapping[Shape, Projections], batch_size: int) -> dict[Shape, Attribution]:
-        return {
+            with self._another_order(moved):
+                loss = run(with_next_example(copied(self._batch), batch_size, dimension))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            if not may_fail:
+                raise
+            return None
+        found = {
             key: fitting_layout(before, moved.get(key, []), key.layouts, batch_size)
             for key, before in self._current.items()
         }
+        return _Order(found, loss)
+
+    @contextmanager
+    def _another_order(self, moved: dict[Reading, Projections]) -> Iterator[None]:
+        is_open, self._moved = set(self._open), moved
+        try:
+            with self._random.restored():
+                yield
+        finally:
+            self._open, self._moved = is_open, None
+
+    def _clear(self) -> None:
+        self._current.clear()
+        self._open.clear()
+        self._batch = None
 
 
 def projections(x: Tensor, num_positions: int) -> Tensor:
     """One number for each row, in the first one or two dimensions of the rows, in float32 or float64."""
-    kept = min(num_positions, 2)
-    rows = x.detach()
-    rows = rows.double() if not rows.is_floating_point() else rows.float() if rows.dtype.itemsize < 4 else rows
-    rows = rows.flatten(kept) if rows.ndim > kept else rows.unsqueeze(-1)
-    places = torch.arange(rows.shape[-1], device=rows.device, dtype=torch.float64)
+    rows = x.detach() if x.is_floating_point() else x.detach()[..., None]
+    rows = rows.flatten(min(num_positions, 2))
+    leading, dtype = rows.shape[:-1], torch.float64 if x.dtype == torch.float64 else torch.float32
+    places = torch.arange(rows.shape[-1], dtype=torch.float64)  # on the host, because not every device has float64
+    vector = (places * places + 1).sin().to(rows.device, dtype)
+    flat = rows.reshape(-1, rows.shape[-1])
+    size = max(MAX_TEMPORARY_BYTES // (dtype.itemsize * max(flat.shape[1], 1)), 1)
     with torch.autocast(rows.device.type, enabled=False):
-        return rows @ (places * places + 1).sin().to(rows.dtype)
+        return torch.cat([part.to(dtype) @ vector for part in flat.split(size)]).view(leading)
 
 
 def fitting_layout(
@@ -177,41 +198,30 @@ def fitting_layout(
         batch_size: Examples in the batch.
 
     Returns:
-        The layout, or "none" if none fits, or several do. A single one stands if all rows are equal.
+        The layout, or "none" if none fits, or several do.
     """
     if [one.shape for one in before] != [one.shape for one in after]:
         return "none"
-    expected = {layout: [_next_example(rows, layout, batch_size) for rows in before] for layout in layouts}
-    scale = max(_distance(before, rows) for rows in expected.values())
-    if scale <= 1e-6 * _distance(before, [torch.zeros_like(rows) for rows in before]):
-        return layouts[0] if len(layouts) == 1 else "none"
-    fitting = [layout for layout, rows in expected.items() if _distance(after, rows) <= _TOLERANCE * scale]
+    rounding = _ROUNDING * _distance(before, [torch.zeros_like(rows) for rows in before])
+    fitting = []
+    for layout in layouts:
+        expected = [_next_example(rows, layout, batch_size) for rows in before]
+        # Relative to its own movement: with smooth rows, such as positions, another layout moves them much farther.
+        if _distance(after, expected) <= _TOLERANCE * _distance(before, expected) + rounding:
+            fitting.append(layout)
     return fitting[0] if len(fitting) == 1 else "none"
 
 
-def with_next_example(batch: Any, batch_size: int, dimension: int) -> Any:
-    """The batch with every example in the place of the one before it.
-
-    Tensors have their examples in `dimension`, or, if only the other one of the first two has the size of the batch,
-    in that one; tensors without such a dimension stay.
-    """
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        fitting = [place for place in range(min(value.ndim, 2)) if value.shape[place] == batch_size]
-        if not fitting:
-            return value
-        return value.roll(-1, dimension if dimension in fitting else fitting[0])
-
-    return tree_map(moved, batch)
+def _is_same(loss: Tensor, other: Tensor) -> bool:
+    """Whether two losses are equal, but for the order of sums."""
+    tolerance = max(1e-3, 4 * torch.finfo(other.dtype).eps)
+    return bool((loss - other).abs() <= tolerance * other.abs())
 
 
-def _best(orders: Sequence[_Order], loss: float) -> list[_Order]:
-    """The orders that leave the loss as it was and explain the rows of most layers."""
-    same_loss = [order for order in orders if abs(order.loss - loss) <= _LOSS_TOLERANCE * abs(loss)] or list(orders)
-    explained = [sum(layout != "none" for layout in order.layouts.values()) for order in same_loss]
-    return [order for order, number in zip(same_loss, explained, strict=True) if number == max(explained)]
+def _best(orders: Sequence[_Order]) -> list[_Order]:
+    """The orders that explain the rows of most layers."""
+    explained = [sum(one != "none" for one in order.attributions.values()) for order in orders]
+    return [order for order, number in zip(orders, explained, strict=True) if number == max(explained)]
 
 
 def _next_example(rows: Tensor, layout: RowLayout, batch_size: int) -> Tensor:
@@ -224,5 +234,5 @@ def _next_example(rows: Tensor, layout: RowLayout, batch_size: int) -> Tensor:
 
 
 def _distance(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    squares = [(one - other).double().square().sum() for one, other in zip(first, second, strict=True)]
+    squares = [(one - other).square().sum() for one, other in zip(first, second, strict=True)]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

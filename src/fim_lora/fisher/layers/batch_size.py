@@ -1,9 +1,11 @@
 """The number of examples in a batch, and the number of terms of its loss."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from ..orders import tensors_of
 
 # Names of inputs and labels, most reliable first, whose leading dimension is the batch in every model of transformers.
 # Positions, masks and indices can have other ones.
@@ -26,7 +28,8 @@ def batch_size_of(batch: Any, main_input_name: Any = None) -> BatchSize:
     It is the leading dimension of the main input (`model.main_input_name` in transformers) if the batch has it, else
     of the first usual input or label in it, else that which all tensors have in common. Where tensors differ, it is
     the length of those of one dimension if all others have it among their first two, such as labels of sequences that
-    come first; and otherwise the leading dimension of the first tensor, without certainty.
+    come first; and otherwise the leading dimension of the first tensor, without certainty. A list of mappings is a
+    list of examples.
 
     Args:
         batch: The batch.
@@ -35,9 +38,11 @@ def batch_size_of(batch: Any, main_input_name: Any = None) -> BatchSize:
     if isinstance(batch, Mapping):
         for name in (*_names(main_input_name), *_NAMES_WITH_EXAMPLES):
             value = batch.get(name)
-            if isinstance(value, Tensor) and value.ndim > 0:
+            if isinstance(value, Tensor) and value.ndim > 0 and not _may_be_flattened(value, batch):
                 return BatchSize(value.shape[0], True)
-    shapes = [tensor.shape for tensor in _tensors(batch) if tensor.ndim > 0]
+    if isinstance(batch, (list, tuple)) and len(batch) > 1 and all(isinstance(one, Mapping) for one in batch):
+        return BatchSize(len(batch), True)  # a list of examples
+    shapes = [tensor.shape for tensor in tensors_of(batch) if tensor.ndim > 0]
     if not shapes:
         return BatchSize(None, False)
     lengths = {shape[0] for shape in shapes if len(shape) == 1}
@@ -63,12 +68,7 @@ def _names(main_input_name: Any) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(name, str)) if isinstance(names, (tuple, list)) else ()
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        for value in batch:
-            yield from _tensors(value)
+def _may_be_flattened(labels: Tensor, batch: Mapping[str, Any]) -> bool:
+    """Whether labels of one dimension may be those of all positions, because another tensor has fewer rows."""
+    others = [value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1]
+    return labels.ndim == 1 and any(0 < rows < len(labels) and len(labels) % rows == 0 for rows in others)

@@ -4,7 +4,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -72,20 +71,6 @@ def is_ambiguous(shape: Sequence[int], layouts: Sequence[RowLayout], batch_size:
     if batch_size == 1 or not layouts or layouts == (LEADING,):
         return False
     return layouts != (SEQUENCE_FIRST,) or shape[0] == 1
-
-
-def joined_pieces(calls: Sequence[LayerCall], batch_size: int) -> list[LayerCall]:
-    """One call in the place of several that together have one row for each example of the batch.
-
-    Such are the calls of a model that embeds a large batch in pieces. The calls have only inputs and gradients.
-    """
-    sizes = [call.input.shape[0] if call.input.ndim else 0 for call in calls]
-    if len(calls) == 1 or sum(sizes) != batch_size:
-        return list(calls)
-    inputs, gradients = [call.input for call in calls], [call.gradient for call in calls]
-    if any(one.shape[1:] != inputs[0].shape[1:] for one in inputs):
-        raise UnattributableError
-    return [replace(calls[0], args=(torch.cat(inputs),), gradients=(torch.cat(gradients),))]
 
 
 def with_examples_first(call: LayerCall, rows: Attribution, batch_size: int, keep_rows: bool) -> LayerCall:
