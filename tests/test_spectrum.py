@@ -152,10 +152,16 @@ def measured():
     return model, spectrum_of(model, data), dense_truth(model, data), data
 
 
+def order_of(components, gates):
+    """By the geometric mean of the saliency and of the squared norm of each component."""
+    norms = components.square().sum((1, 2))
+    return (gates.square().mean(0) * norms).argsort(descending=True)
+
+
 def test_components_are_those_of_the_dense_decomposition_in_the_metric_of_the_fisher_information(measured):
     model, spectrum, truth, _ = measured
     for name, (components, gates) in truth.items():
-        order = gates.square().mean(0).argsort(descending=True).tolist()
+        order = order_of(components, gates).tolist()
         layer = lora_layers(model)[name]
         for number, place in enumerate(order):
             (found,) = components_of(layer, spectrum[name], [number])
@@ -168,9 +174,8 @@ def test_saliencies_are_half_the_squared_gradients_of_gates_per_loss_term(measur
     terms = sum(int((batch["labels"] != -100).sum()) for batch in data) / 11
     assert spectrum.terms_per_example == terms
     assert (spectrum.num_batches, spectrum.num_examples, spectrum.num_skipped_batches) == (3, 11, 0)
-    for name, (_, gates) in truth.items():
-        by_example = gates.square() / terms / 2
-        by_example = by_example[:, by_example.mean(0).argsort(descending=True)]
+    for name, (components, gates) in truth.items():
+        by_example = (gates.square() / terms / 2)[:, order_of(components, gates)]
         np.testing.assert_allclose(spectrum[name].saliencies, by_example.mean(0), rtol=1e-3)
         errors = by_example.std(0) / math.sqrt(11)
         np.testing.assert_allclose(spectrum[name].standard_errors, errors, rtol=2e-3)
@@ -181,8 +186,8 @@ def test_the_predicted_increase_is_the_second_order_expansion(measured, share):
     _, spectrum, truth, _ = measured
     kept = spectrum.keep(int(share * spectrum.num_parameters))
     total = torch.zeros(11, dtype=torch.float64)
-    for name, (_, gates) in truth.items():
-        order = gates.square().mean(0).argsort(descending=True)
+    for name, (components, gates) in truth.items():
+        order = order_of(components, gates)
         dropped = [order[number] for number in range(len(order)) if number not in kept[name]]
         total += gates[:, dropped].sum(1)
     terms = spectrum.terms_per_example
@@ -192,22 +197,21 @@ def test_the_predicted_increase_is_the_second_order_expansion(measured, share):
     assert prediction.standard_error == pytest.approx((by_example.std() / math.sqrt(11)).item(), rel=1e-3)
 
 
-def test_the_largest_saliencies_per_parameter_are_kept(measured):
-    _, spectrum, _, _ = measured
-    pairs = [
-        (saliency / layer.parameters_per_component, name, number)
-        for name, layer in spectrum.items()
-        for number, saliency in enumerate(layer.saliencies)
-    ]
-    for point in spectrum.size_curve():
-        assert point.parameters <= point.share * spectrum.num_parameters + 1e-9
-        kept = spectrum.keep(point.parameters)
-        inside = {(name, number) for name, numbers in kept.items() for number in numbers}
-        worst_kept = min(value for value, name, number in pairs if (name, number) in inside)
-        costs = spectrum.costs
-        for value, name, number in pairs:
-            if (name, number) not in inside and value > worst_kept:
-                assert costs[name] > point.parameters - spectrum.parameters_of(kept)
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.2, 0.05])
+def test_the_largest_values_per_parameter_are_kept(measured, share):
+    """A component of larger value than one that is kept is dropped only if there was no room for it."""
+    _, spectrum, truth, _ = measured
+    values = {}
+    for name, (components, gates) in truth.items():
+        both = (gates.square().mean(0) * components.square().sum((1, 2))).sqrt() / spectrum.costs[name]
+        values |= {(name, number): value for number, value in enumerate(both.sort(descending=True).values.tolist())}
+    budget = int(share * spectrum.num_parameters)
+    kept = {(name, number) for name, numbers in spectrum.keep(budget).items() for number in numbers}
+    assert kept
+    for component, value in values.items():
+        if component not in kept and value > 1.001 * min(values[one] for one in kept):
+            before = sum(spectrum.costs[one[0]] for one in kept if values[one] > value)
+            assert before + spectrum.costs[component[0]] > budget
 
 
 def test_a_spectrum_of_every_layer_type_in_float32_is_that_in_float64():

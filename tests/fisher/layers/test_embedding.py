@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fim_lora.fisher.layers.embedding import embedding_squared_norms
+from helpers.calibration import scores_of as calibration_scores
 from helpers.single_layers import (
     EMBEDDINGS,
     WIDTH,
@@ -64,3 +65,23 @@ def test_positions_that_all_examples_share_are_said_to_be_approximate():
     single = [{key: value[row : row + 1] for key, value in batch.items()} for batch in batches for row in range(3)]
     score = scores_of(Positions(), single)["layer"]
     assert_score(score, per_example_truth(Positions(), single, ["layer.weight"], by_row))
+
+
+class ShiftedPositions(nn.Embedding):
+    """As in OPT and Whisper: the positions are made from a mask."""
+
+    def forward(self, mask):
+        return super().forward(mask.cumsum(1) - 1)
+
+
+def test_an_embedding_that_looks_up_other_ids_is_refused():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.positions, self.out = ShiftedPositions(8, 6), nn.Linear(6, 2)
+
+        def forward(self, mask):
+            return self.out(self.positions(mask)).square().mean()
+
+    with pytest.raises(TypeError, match=r"Layer 'positions' is a ShiftedPositions, which looks up other ids"):
+        calibration_scores(Net(), [torch.ones(3, 5, dtype=torch.long)], ["positions", "out"])

@@ -27,9 +27,9 @@ def measure_embedding(target: TargetLayer, calls: Sequence[LayerCall], batch_siz
 
     The row of `padding_idx` has no gradient, as in PyTorch. If the layer has an `embed_scale`, its output and
     therefore its gradient include it, as in PEFT. Raises `UnattributableError` if ids do not belong to an example,
-    such as positions that all examples share.
+    such as positions that all examples share, and `TypeError` if the layer looks up other ids than its input.
     """
-    ids, g = _positions(calls, batch_size)
+    ids, g = _positions(target, calls, batch_size)
     scale = float(getattr(target.module, "embed_scale", 1.0))
     return embedding_squared_norms(ids, g, target.module.padding_idx) * scale**2
 
@@ -47,6 +47,7 @@ def measure_embedding_components(
     Raises `UnattributableError`, and `ValueError` if A or B is sharded, because PEFT stores them in no module of
     their own.
     """
+    _require_lookup(target)
     lora, name = target.lora, target.adapter_name
     a, b = lora.lora_embedding_A[name].detach(), lora.lora_embedding_B[name].detach()
     if a.numel() == 0 or isinstance(a, DTensor):
@@ -95,12 +96,23 @@ def add_embedding_entries(
     total: Tensor, target: TargetLayer, calls: Sequence[LayerCall], batch_size: int, factor: float
 ) -> None:
     """`total += factor · Σ_t G_t ∘ G_t`; arguments and errors are those of `measure_embedding`."""
-    ids, g = _positions(calls, batch_size)
+    ids, g = _positions(target, calls, batch_size)
     scale = float(getattr(target.module, "embed_scale", 1.0))
     add_squared_embedding_entries(total, ids, g, factor * scale**2, target.module.padding_idx)
 
 
-def _positions(calls: Sequence[LayerCall], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Ids (B × T) and gradients (B × T × d) of all calls. Raises `UnattributableError`."""
+def _require_lookup(target: TargetLayer) -> None:
+    """Refuse a subclass that looks up other ids than those it is given, such as the positions of OPT or Whisper."""
+    layer = type(target.module)
+    if layer.forward is not nn.Embedding.forward and not hasattr(target.module, "embed_scale"):
+        raise TypeError(
+            f"Layer {target.name!r} is a {layer.__name__}, which looks up other ids than those it is given, so its eFIM "
+            "is not known. Remove it from `target_modules`, or add it to `exclude_modules`."
+        )
+
+
+def _positions(target: TargetLayer, calls: Sequence[LayerCall], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Ids (B × T) and gradients (B × T × d) of all calls. Raises `UnattributableError`, and `TypeError`."""
+    _require_lookup(target)
     pairs = [by_leading_dimension(call.input, call.gradient, batch_size) for call in calls]
     return concatenate_calls([(ids.reshape(batch_size, -1), flatten_positions(g)) for ids, g in pairs])
