@@ -106,8 +106,8 @@ def _require_lookup(target: TargetLayer) -> None:
     layer = type(target.module)
     if layer.forward is not nn.Embedding.forward and not hasattr(target.module, "embed_scale"):
         raise TypeError(
-            f"Layer {target.name!r} is a {layer.__name__}, which looks up other ids than those it is given, so its eFIM "
-            "is not known. Remove it from `target_modules`, or add it to `exclude_modules`."
+            f"Layer {target.name!r} is a {layer.__name__}, which looks up other ids than those it is given, so its "
+            "eFIM is not known. Remove it from `target_modules`, or add it to `exclude_modules`."
         )
 
 
