@@ -61,6 +61,14 @@ def test_two_stacked_halves():
     assert_scores(scores_of(net, [batch], ["0", "2"], forward_fn=halves_in_one_pass), truth)
 
 
+def test_the_values_of_stacked_halves():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4))
+    batch = {"a": torch.randn(4, 5), "b": torch.randn(4, 5)}
+    found = scores_of(net, [batch], ["0", "2"], forward_fn=halves_in_one_pass)
+    assert {name: round(score.mean, 3) for name, score in found.items()} == {"0": 0.189, "2": 0.288}
+
+
 def test_pairs_that_follow_each_other():
     net, batch = stacked_net(), pairs()
 
