@@ -70,8 +70,8 @@ def test_positions_that_all_examples_share_are_said_to_be_approximate():
 class ShiftedPositions(nn.Embedding):
     """As in OPT and Whisper: the positions are made from a mask."""
 
-    def forward(self, mask):
-        return super().forward(mask.cumsum(1) - 1)
+    def forward(self, mask, past_length=0):
+        return super().forward(mask.cumsum(1) - 1 + past_length)
 
 
 def test_an_embedding_that_looks_up_other_ids_is_refused():

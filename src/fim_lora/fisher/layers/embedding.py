@@ -1,5 +1,6 @@
 """Embeddings: row i of `G_t` is the sum of `g` over the positions of example t that hold id i."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,9 +103,13 @@ def add_embedding_entries(
 
 
 def _require_lookup(target: TargetLayer) -> None:
-    """Refuse a subclass that looks up other ids than those it is given, such as the positions of OPT or Whisper."""
+    """Refuse a subclass that looks up other ids than those it is given, such as the positions of OPT or Whisper.
+
+    It is recognized by the further arguments of its `forward`, from which it computes the ids.
+    """
     layer = type(target.module)
-    if layer.forward is not nn.Embedding.forward and not hasattr(target.module, "embed_scale"):
+    kinds = [parameter.kind for parameter in inspect.signature(layer.forward).parameters.values()]
+    if sum(kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for kind in kinds) > 2:
         raise TypeError(
             f"Layer {target.name!r} is a {layer.__name__}, which looks up other ids than those it is given, so its "
             "eFIM is not known. Remove it from `target_modules`, or add it to `exclude_modules`."
