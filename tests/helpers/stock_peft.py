@@ -1,13 +1,10 @@
 """Runs code with stock PEFT in another process, where fim_lora is never imported and every warning is an error."""
 
-import functools
-import json
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import torch
+
+from helpers.fork_server import run_in_fork
 
 LOAD = """
 import sys, warnings
@@ -24,19 +21,9 @@ assert not any(name.startswith("fim_lora") for name in sys.modules)
 """
 
 
-@functools.cache
-def server():
-    """The process that runs the code. It ends with the tests, when its input is closed."""
-    command = [sys.executable, str(Path(__file__).with_name("stock_server.py"))]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
 def stock(body):
-    """What the code prints."""
-    process = server()
-    process.stdin.write(json.dumps(LOAD.format(body=textwrap.dedent(body))) + "\n")
-    process.stdin.flush()
-    status, output = json.loads(process.stdout.readline())
+    """Run the code, and return what it printed."""
+    status, output = run_in_fork(LOAD.format(body=textwrap.dedent(body)), "peft", "helpers.tiny_models")
     assert status == 0, output
     return output
 
