@@ -99,7 +99,8 @@ def get_lora_spectrum(
 
     The adapter of each layer is divided into the components that are best in the Fisher metric (K-FAC, damped towards
     the plain one), and the gradient of a gate on each component gives its saliency, the predicted increase of the loss
-    when it is dropped (Optimal Brain Damage). The cost is one forward pass and one backward pass with respect to
+    when it is dropped (Optimal Brain Damage). `compress_lora` keeps the components with the largest geometric mean of
+    saliency and squared norm for their parameters. The cost is one forward pass and one backward pass with respect to
     activations for each batch.
 
     Args:
