@@ -1,10 +1,12 @@
-"""`calibration_batch`: says what the batches of a loop of one's own do not show."""
+"""`calibration_batch`: states how many examples a batch has, in a training loop of your own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
+from .adapter.adapted_part import adapted_part
+from .adapter.pending_config import lora_config_of
 from .adapter.watching import watched_adapter
 from .fisher.declaration import ROW_ORDERS, Declaration, RowOrder
 from .runtime.wrappers import unwrap_engine
@@ -33,14 +35,17 @@ def calibration_batch(
         adapter_name: The adapter.
 
     Raises:
-        ValueError: If `num_examples` is not a positive integer, `rows` is none of these, or no forward pass is inside
-            of the block. The backward pass raises it if the numbers of rows fit to none of these readings.
+        ValueError: If the model has no such adapter, `num_examples` is not a positive integer, `rows` is none of
+            these, or no forward pass is inside the block. The backward pass raises it if the numbers of rows fit none
+            of these readings.
     """
     if isinstance(num_examples, bool) or not isinstance(num_examples, int) or num_examples < 1:
         raise ValueError(f"num_examples must be a positive integer, got {num_examples!r}.")
     if rows not in ROW_ORDERS:
         raise ValueError(f"rows={rows!r} is unknown: choose 'consecutive', 'stacked' or 'sequence-first'.")
-    recorder = watched_adapter(unwrap_engine(model), adapter_name).recorder
+    model = unwrap_engine(model)
+    lora_config_of(adapted_part(model, adapter_name), adapter_name)  # raises if there is no such adapter
+    recorder = watched_adapter(model, adapter_name).recorder
     if recorder is None:
         yield
         return

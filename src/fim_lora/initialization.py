@@ -73,9 +73,8 @@ def initialize_lora_fim_ranks(
 
     Raises:
         ValueError: If the adapter does not exist, is in several parts of the model, or does not await allocation; if
-            both `dataloader` and
-            `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds cannot be
-            satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
+            both `dataloader` and `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds
+            cannot be satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
             initialization for a layer, or could not load the adapter without the layers of rank 0; if the model is
             wrapped, its adapter sharded, an adapter merged, or its config object that of another adapter; if the
             config uses KaSA, BD-LoRA or Arrow; if `fim_scores` differ between processes; or if PiSSA or OLoRA

@@ -223,7 +223,9 @@ def test_tools_may_have_another_column_and_a_chat_none(tmp_path):
         ({"tools": "{}"}, "The tools of row 1 of .* are not a list of JSON schemas but dict"),
         ({"tools": ["w3"]}, "are not a list of JSON schemas but list"),
         ({"chat_template_kwargs": ["x"]}, "The chat_template_kwargs of row 1 of .* are not a dictionary"),
-        ({"chat_template_kwargs": {"tokenize": False}}, "cannot render row 1 of .*tokenize"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "row 1 of .* has 'tokenize', which is not a variable"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "has 'chat_template', which is not a variable"),
+        ({"chat_template_kwargs": {"max_length": 5}}, "has 'max_length', which is not a variable"),
     ],
 )
 def test_bad_tools(tmp_path, values, message):

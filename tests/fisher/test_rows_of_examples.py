@@ -1,5 +1,6 @@
 """Which rows of a layer belong to which example, where shapes do not say it; the truth is autograd in float64."""
 
+import copy
 import warnings
 from collections import UserDict
 
@@ -320,6 +321,21 @@ def test_a_number_of_examples_that_is_none(number):
         fim_lora.calibration_batch(own_loop_model(), number).__enter__()
 
 
+def test_an_adapter_that_does_not_exist():
+    with pytest.raises(ValueError, match="other"):
+        fim_lora.calibration_batch(own_loop_model(), 4, adapter_name="other").__enter__()
+
+
+def test_a_copy_inside_of_the_block_knows_nothing_of_it():
+    model = own_loop_model()
+    with fim_lora.calibration_batch(model, 4, rows="stacked"):
+        other = copy.deepcopy(model)
+        distance_of_pairs(model, pairs()).backward()
+    distance_of_pairs(other, pairs()).backward()
+    with pytest.warns(UserWarning, match="several ways"):
+        scores_in_own_loop(other)
+
+
 def test_declaring_after_the_allocation_changes_nothing():
     model, batch = own_loop_model(), pairs()
     with fim_lora.calibration_batch(model, 4, rows="stacked"):
@@ -483,6 +499,15 @@ def test_a_further_pass_that_says_nothing_spoils_only_what_is_open(forward_fn):
     assert (scores["kept"].num_examples, scores["flattened"].num_examples) == (4, 1)
 
 
+def test_a_batch_without_a_finite_loss_decides_nothing():
+    bad = flattening_batch() | {"y": torch.full((4, 3, 3), torch.nan, dtype=torch.float64)}
+    net = Flattening().double()
+    with pytest.warns(UserWarning, match="not finite") as warned:
+        scores = scores_of(net, [bad, flattening_batch()], ["kept", "flattened"], forward_fn=squared_errors)
+    assert len(warned) == 1
+    assert {score.num_examples for score in scores.values()} == {4}
+
+
 def test_no_memory_in_the_further_pass_is_an_error():
     calls = []
 
@@ -555,7 +580,7 @@ def test_a_block_without_a_forward_pass():
     model = own_loop_model()
     loss = distance_of_pairs(model, pairs())
     with (
-        pytest.raises(ValueError, match="No forward pass of the model is inside"),
+        pytest.raises(ValueError, match="No forward pass with gradients is inside"),
         fim_lora.calibration_batch(model, 4, rows="stacked"),
     ):
         loss.backward()

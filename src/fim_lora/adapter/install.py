@@ -125,8 +125,8 @@ def _wrap_post_init(plain_post_init: Callable[[LoraConfig], None]) -> Callable[[
 def _refuse_derived_config(config: LoraConfig) -> None:
     if config.init_lora_weights == "fim":
         raise ValueError(
-            f'{type(config).__name__} has no init_lora_weights="fim": its method decides ranks by itself, or was '
-            "defined before fim_lora was imported. Use LoraConfig, or another initialization."
+            f'{type(config).__name__} has no init_lora_weights="fim": its method chooses ranks itself, or the '
+            "class was defined before fim_lora was imported. Use LoraConfig, or another initialization."
         )
 
 

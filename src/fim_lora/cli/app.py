@@ -239,7 +239,7 @@ def _compress(
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Shrink a trained adapter with the least increase of the loss; the result is an ordinary adapter."""
+    """Shrink a trained adapter with a small increase of the loss; the result is an ordinary adapter."""
     require_choice("--dtype", dtype, DTYPES)
     if task is not None:
         require_choice("--task", task, TASKS)

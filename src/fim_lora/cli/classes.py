@@ -53,7 +53,7 @@ def with_classes_of_model(data: CalibrationData, source: ModelSource) -> Calibra
     matched = _matched(data, head)
     if matched is None and not head.is_named and len(data.labels) == head.num_classes:
         return data
-    return matched or with_classes(data, head)
+    return with_classes(data, head)
 
 
 def with_classes(data: CalibrationData, head: Head) -> CalibrationData:

@@ -216,13 +216,13 @@ def _num_positions(model: Any) -> int | None:
 def named_errors(source: ModelSource) -> Iterator[None]:
     """Name the model in errors, because the messages of transformers do not always name it."""
     is_local = Path(source.location).exists()
-    try:
-        with nullcontext() if is_local else hub_lookup(source.name):
+    with nullcontext() if is_local else hub_lookup(source.name):
+        try:
             yield
-    except (OSError, ValueError, ImportError) as error:
-        if is_about_code(error):
-            raise refused_code(source.name, source.location, source.pretrained_arguments) from error
-        raise CommandError(f"{source.name} cannot be loaded: {error}") from error
+        except (OSError, ValueError, ImportError) as error:
+            if is_about_code(error):
+                raise refused_code(source.name, source.location, source.pretrained_arguments) from error
+            raise CommandError(f"{source.name} cannot be loaded: {error}") from error
 
 
 def _require_model_folder(name: str, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Tokenization: from rows to token ids and labels, and from these to padded batches."""
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def _encode_prompt_and_completion(tokenizer: PreTrainedTokenizerBase, row: Row, 
 def _encode_messages(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
     """As in TRL by default: all tokens of the conversation count in the loss, and the template gets the tools."""
     messages, tools = _messages(row), _parsed(row, "tools", list)
-    options = _parsed(row, "chat_template_kwargs", Mapping) or {}
+    options = _template_options(tokenizer, row)
     try:
         # Some templates write an introduction to an empty list of tools.
         encoded: Any = tokenizer.apply_chat_template(
@@ -133,6 +134,19 @@ def _encode_messages(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: i
             f"The chat template cannot render {row.place}: {error}. Correct or remove the row."
         ) from error
     return _causal_example(encoded["input_ids"], max_length)
+
+
+def _template_options(tokenizer: PreTrainedTokenizerBase, row: Row) -> Mapping[str, Any]:
+    """Variables of the chat template, without arguments of `apply_chat_template` itself, such as a template."""
+    options = _parsed(row, "chat_template_kwargs", Mapping) or {}
+    arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+    reserved = arguments - {"add_generation_prompt", "continue_final_message", "documents", "kwargs"}
+    if found := sorted(reserved & options.keys()):
+        raise CommandError(
+            f"chat_template_kwargs of {row.place} has {found[0]!r}, which is not a variable of the chat template: "
+            "remove it."
+        )
+    return options
 
 
 def _encode_labeled(

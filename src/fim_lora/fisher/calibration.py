@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..runtime.distributed import batches_in_lockstep, gather_from_all
+from ..runtime.distributed import batches_in_lockstep, gather_from_all, num_processes
 from ..runtime.flags import frozen_eval_mode
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
 from .doubts import NAME_THE_LABELS
@@ -58,8 +58,8 @@ def calibrate(
 
     Training mode, `requires_grad`, `.grad` and hooks of the model are restored, also after an exception. The cost is
     a forward pass, and a backward pass with respect to activations. Where the shape of a layer's input leaves open
-    which rows belong to which example, one more forward pass of that batch, with its examples in another order, finds
-    it out for all further batches.
+    which rows belong to which example, one or two more forward passes of that batch, with its examples in another
+    order, decide it for all inputs of this form.
 
     Args:
         model: The model; with its adapters disabled, if the statistic is of base layers.
@@ -88,6 +88,7 @@ def calibrate(
     recorder = Recorder(layers, statistic, NAME_THE_LABELS, probe)
     forward_fn = forward_fn or forward_fn_default
     in_lockstep = loss_communicates or needs_all_processes(model)
+    may_fail = num_processes() == 1 or not in_lockstep
 
     def run(batch: Any, counts: bool) -> None:
         batch = send_to_device(batch, device_of(model))
@@ -95,11 +96,11 @@ def calibrate(
         size = None if rows.examples is None else rows.examples // sequences_per_example
         with recorder.batch(size, sequences_per_example, counts, loss_terms_of(batch, size)):
             recorder.note_batch_size(rows)
-            probe.begin_batch(batch)
+            probe.begin_batch(batch, device_of(model))
             loss = loss_of(forward_fn(model, batch))
             if dimensions := _agreed(probe.dimensions(size), in_lockstep):
                 further = partial(_loss_of_batch, model, forward_fn)
-                probe.decide(further, size or 1, dimensions, loss.detach(), not in_lockstep)
+                probe.decide(further, size or 1, dimensions, loss.detach(), may_fail)
             recorder.note_loss(loss)
             loss.backward()
 

@@ -8,7 +8,7 @@ DECLARE = (
     "Say how many examples a batch has, and how rows follow each other, with `with fim_lora.calibration_batch(model, "
     "num_examples, rows=...)` around each forward and backward pass, or pass a `dataloader`"
 )
-NAME_THE_LABELS = "Name the input or the labels, whose leading dimension is the batch, `input_ids` or `labels`"
+NAME_THE_LABELS = "Name the input or the labels `input_ids` or `labels`, with the batch as their leading dimension"
 
 
 @dataclass
@@ -25,26 +25,27 @@ class Doubts:
     several_forward_passes: bool = False
     uncertain_batch_size: bool = False
 
-    def warn(self, ambiguous_layers: Collection[str], stacklevel: int = 4) -> None:
+    def warn(self, ambiguous_layers: Collection[str]) -> None:
         """Warn of every assumption, and of layers whose rows could belong to the examples in several ways."""
         if self.several_forward_passes:
             warnings.warn(
                 "The model was called several times before one backward pass, and every call was taken for another "
                 "view of the same examples. If the calls are pieces of one batch, the scores are wrong. "
                 f"{self.way_out}.",
-                stacklevel=stacklevel,
+                stacklevel=4,
             )
         if self.uncertain_batch_size:
             warnings.warn(
                 "The batches do not show how many examples they hold: the leading dimensions of their tensors differ, "
-                "or they have none. The first one was taken, and the scores are wrong if it is another number. "
+                "or they have no tensors. That of the first tensor, or of each layer's input, was taken, and the "
+                "scores are wrong if it is not the number of examples. "
                 f"{self.way_out}.",
-                stacklevel=stacklevel,
+                stacklevel=4,
             )
         if ambiguous_layers:
             warnings.warn(
                 f"The rows of the inputs of {len(ambiguous_layers)} layers could belong to the examples of a batch in "
                 "several ways. They were taken as consecutive rows of each example, or as sequences whose second "
                 f"dimension is the batch: {sorted(ambiguous_layers)}. {self.way_out}.",
-                stacklevel=stacklevel,
+                stacklevel=4,
             )

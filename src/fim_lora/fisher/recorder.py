@@ -155,7 +155,7 @@ class Recorder(Generic[Measurement, Result]):
         finally:
             self._declaration = before
         if self._handles and not self._is_declaration_used:
-            raise ValueError("No forward pass of the model is inside of the calibration_batch block: put it there.")
+            raise ValueError("No forward pass with gradients is inside the calibration_batch block: put it there.")
 
     def note_batch_size(self, batch_size: BatchSize) -> None:
         """Note how certain the number of examples of a batch is."""
@@ -319,4 +319,4 @@ class Recorder(Generic[Measurement, Result]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A pass belongs to a graph, which can be neither copied nor pickled.
-        return self.__dict__ | {"_pass": Pass()}
+        return self.__dict__ | {"_pass": Pass(), "_declaration": None}

@@ -65,12 +65,15 @@ class RowProbe:
         """Whether the present forward pass is the one with the examples in another order."""
         return self._moved is not None
 
-    def begin_batch(self, batch: Any) -> None:
-        """A batch begins. The other order will start from the same values and random numbers."""
+    def begin_batch(self, batch: Any, device: torch.device) -> None:
+        """A batch begins, for a model on this device. The other order has the same values and random numbers."""
         # Nothing in the batch before it was ambiguous, so its shapes have one reading each.
         self.found.update({key: key.layouts[0] for key in self._current})
         self._clear()
-        self._batch, self._random = copied(batch), RandomState.capture(*tensors_of(batch))
+        self._batch, self._random = (
+            copied(batch),
+            RandomState.capture(torch.empty(0, device=device), *tensors_of(batch)),
+        )
 
     def note(self, target: TargetLayer, x: Tensor, batch_size: int) -> None:
         """Note the input of a call in the forward pass."""
@@ -129,6 +132,9 @@ class RowProbe:
                 Otherwise the exception is raised.
         """
         orders = [self._try_order(run, batch_size, dimension, may_fail) for dimension in dimensions]
+        if not bool(loss.isfinite().all()):
+            self._clear()  # the batch will be left out, so a later one decides
+            return
         best = _best([order for order in orders if order is not None and _is_same(order.loss, loss)])
         for key in self._current:
             answers = {order.attributions[key] for order in best}

@@ -1,4 +1,4 @@
-"""Which components of a trained adapter to keep: pure functions of saliencies and costs.
+"""Which components of a trained adapter to keep: pure functions of saliencies, norms and costs.
 
 A component is one rank of one layer. Dropping it raises the loss by its saliency, as far as a second-order model
 knows (LeCun, Denker and Solla 1989, Optimal Brain Damage, equation 5), and saves its parameters.
@@ -28,10 +28,9 @@ Kept = dict[str, list[int]]
 def priorities(saliencies: ArrayLike, squared_norms: ArrayLike) -> Array:
     """What components are ordered by: the geometric mean of their saliency and of their squared norm, `‖ΔW_j‖²_F`.
 
-    The saliency knows what a component is worth to the loss, but only near the trained adapter. The norm knows how far
-    a cut moves the weights, which is all that PARA (arXiv:2604.27796) asks. Deep cuts leave the place where the
-    Fisher information was measured, and the mean of both is better there than each of them; see
-    `benchmarks/compression.py`. Without data the saliency is the squared norm.
+    The saliency predicts the effect on the loss, but only near the trained adapter. The norm measures how far a cut
+    moves the weights; PARA (arXiv:2604.27796) uses it alone. `benchmarks/compression.py` compares them. Without data
+    the saliency is the squared norm.
     """
     return np.sqrt(np.asarray(saliencies, np.float64) * np.asarray(squared_norms, np.float64))
 

@@ -53,8 +53,9 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
         cut_at_step: The step of the cut; `None` before it.
 
     Raises:
-        ValueError: If an argument is out of range. When the training begins: if the adapter does not exist, is in
-            several parts of the model, is not larger than `r`, or has a form that `compress_lora` refuses; if the cut
+        ValueError: If an argument is out of range. When the trainer is created: if several parts of the model have
+            the adapter. When the training begins: if it does not exist, is not larger than `r`, or has a form that
+            `compress_lora` refuses; if the cut
             would come before the second step; if the trainer shards the model (FSDP, DeepSpeed) or uses
             `nn.DataParallel`; if the optimizer does not hold the adapter, or has no learning rate for `wide_scale` to
             change; or if the checkpoint belongs to another run. When a checkpoint is loaded: if its adapter is larger

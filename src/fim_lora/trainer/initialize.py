@@ -62,7 +62,7 @@ def initialize_lora_fim_ranks_for_trainer(
         Ranks, patterns, scores and counts.
 
     Raises:
-        ValueError: If the trainer is one of TRL whose batches do not determine the loss, such as `GRPOTrainer`; if it
+        ValueError: If the trainer is one of TRL that is not known, or generates its texts, as `GRPOTrainer`; if it
             has begun to train, or shards its model (FSDP, ZeRO-3); if there is no checkpoint to resume from, or its
             ranks are not those of the adapter's config; see also `initialize_lora_fim_ranks`.
         InvalidFileError: If `fim_allocation.json` beside the checkpoint is damaged.

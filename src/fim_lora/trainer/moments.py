@@ -55,7 +55,7 @@ class TrainingMoments(AdapterMoments):
         self, layer: TargetLayer, calls: Sequence[LayerCall], rows: BatchRows
     ) -> tuple[list[LayerCall], BatchRows]:
         size = rows.batch_size // self.sequences_per_example
-        keep_rows = layer.observed in ("call", "all outputs")
+        keep_rows = layer.is_run_again
         grouped = [call.grouped_by_example(size, self.sequences_per_example, keep_rows) for call in calls]
         is_attributed = rows.num_groups == rows.batch_size
         groups = size if is_attributed else 1

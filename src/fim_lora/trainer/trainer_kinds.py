@@ -44,6 +44,8 @@ def rows_per_example_in_batches(arguments: TrainingArguments) -> int:
 
 def rows_per_example_in_passes(arguments: TrainingArguments) -> int:
     """Rows of a call of the model in the training that make up one example, for a trainer with these arguments."""
+    if _is_any(arguments, {"XPOConfig", "NashMDConfig"}):
+        return 1  # derived from OnlineDPOConfig, but they call the model with one text of each pair after the other
     if _is_any(arguments, {"TPOConfig"}):
         return 3 if arguments.tpo_alpha else 2  # chosen, rejected and, if its loss has a weight, the reference
     return 2 if _is_any(arguments, _PAIRS_IN_BATCHES | _PAIRS_IN_PASSES) else 1

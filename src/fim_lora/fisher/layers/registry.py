@@ -72,8 +72,8 @@ class LayerType:
             the state of the random numbers; otherwise they have only the input and the gradient of the output.
         all_outputs: Whether `squared_norms` of a layer that needs replay uses the gradients of all outputs. Otherwise
             only the first output may have a gradient.
-        batch_dimensions: Function of the base layer, which returns those of the first two dimensions of its input
-            that may hold the examples.
+        batch_dimensions: Function of PEFT's LoRA layer, its A, or the base layer, which returns those of the first two
+            dimensions of its input that may hold the examples.
     """
 
     squared_norms: SquaredNorms
