@@ -653,6 +653,21 @@ def test_a_layer_that_is_called_without_the_model_warns():
         scores_in_own_loop(model)
 
 
+@pytest.mark.parametrize("length", [4, 8])
+def test_ids_of_sequences_first_in_a_loop_of_ones_own_warn(length):
+    """As many positions as examples, and a multiple of them."""
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights="fim", fim_config=FimConfig())
+    model = get_peft_model(OfSequencesFirst(nn.Embedding(20, 6), nn.Linear(6, 3)), config)
+    model(torch.randint(0, 20, (length, 4)), torch.randn(4)).backward()
+    with pytest.warns(UserWarning, match=r"several ways.*'0'"):
+        scores_in_own_loop(model)
+
+
+class OfSequencesFirst(nn.Sequential):
+    def forward(self, ids, y):
+        return (super().forward(ids).sum((0, 2)) - y).square().mean()
+
+
 def test_positions_in_a_loop_of_ones_own_warn():
     class WithPositions(nn.Module):
         def __init__(self):

@@ -24,7 +24,7 @@ class RowRules:
         """Note the input of a call in the forward pass."""
         shape = row_shape(x)
         layouts = possible_layouts(shape, batch_size, target.batch_dimensions)
-        if _is_refused_by_the_rules(shape, batch_size, target.batch_dimensions):
+        if x.is_floating_point() and _is_refused_by_the_rules(shape, batch_size, target.batch_dimensions):
             return  # the whole batch counts as one example, which another warning says
         if is_ambiguous(shape, layouts, batch_size) or _may_be_positions(x, batch_size):
             self.ambiguous.add(target.name)
