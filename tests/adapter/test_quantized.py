@@ -261,9 +261,10 @@ def test_a_trained_adapter_is_measured_and_truncated(folder, quantization):
     original = spectrum_of(trained(float_llama(), target_modules=TARGETS))
     errors = []
     for name, layer in expected.items():
-        scale = layer.saliencies[0]
-        assert found[name].saliencies == pytest.approx(layer.saliencies, rel=20 * tolerance, abs=tolerance * scale)
-        errors.append(abs(original[name].saliencies[0] / scale - 1))
+        # Sorted, because rounding may change the order of components that are worth about the same.
+        saliencies, scale = sorted(layer.saliencies), max(layer.saliencies)
+        assert sorted(found[name].saliencies) == pytest.approx(saliencies, rel=20 * tolerance, abs=tolerance * scale)
+        errors.append(abs(max(original[name].saliencies) / scale - 1))
     assert max(errors) > 20 * tolerance  # the comparison above can distinguish the two models
     before = copy.deepcopy(lora_layers(model))
     data = lm_batches(2)
