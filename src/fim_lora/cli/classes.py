@@ -1,15 +1,12 @@
 """The classes of a trained classifier: which output of its head each label of the data means."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .data import CalibrationData
+from .data import CalibrationData, is_integer
 from .errors import CommandError
 from .models import ModelSource, named, read_config
-
-_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def _by_name(data: CalibrationData, head: Head) -> list[str | int] | None:
 def _by_number(data: CalibrationData, head: Head) -> Sequence[str | int] | None:
     if isinstance(data.labels, range):
         return data.labels if len(data.labels) == head.num_classes else None
-    numbers = [int(label) for label in data.labels if isinstance(label, int) or _INTEGER.fullmatch(label)]
+    numbers = [int(label) for label in data.labels if isinstance(label, int) or is_integer(label)]
     if len(numbers) < len(data.labels) or min(numbers) < 0 or max(numbers) >= head.num_classes:
         return None
     outputs = range(head.num_classes)

@@ -37,7 +37,6 @@ _USUAL_NAMES = {
     "label": ("label", "labels", "class", "category", "target", "sentiment", "intent"),
 }
 
-# Labels in a table of text that are integers; not `007`, which may differ from `7`.
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 # Beginnings of the dtypes of datasets that labels may have; a column of only missing values has the last one.
@@ -121,6 +120,11 @@ def load_data(
     )
 
 
+def is_integer(label: str) -> bool:
+    """Whether a label is written as an integer is printed; `007` is not, because it may differ from `7`."""
+    return _INTEGER.fullmatch(label) is not None
+
+
 def find_columns(name: str, found: Sequence[str], task: Task, column_names: Mapping[str, str]) -> dict[str, str]:
     """Role to column name for the task; a role that is not in `column_names` has the column of the same name."""
     listed = ", ".join(map(_excerpt, found))
@@ -178,7 +182,7 @@ def _labels(name: str, rows: Dataset, column: str) -> tuple[Sequence[str | int],
 def _with_integers(name: str, rows: Dataset, column: str) -> Dataset:
     """The rows of a table of text, with labels that are written as integers turned into integers."""
     values = [value for value in rows.unique(column) if value is not None]
-    if values and all(_INTEGER.fullmatch(value) for value in values):
+    if values and all(map(is_integer, values)):
         return rows.cast_column(column, Value("int64"))
     if values and all(_DECIMAL.fullmatch(value) for value in values):
         raise CommandError(
