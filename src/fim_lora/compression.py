@@ -132,8 +132,7 @@ def compress_lora(
     inner = None if optimizer is None else require_optimizer(optimizer)
     size = _checked_size(keep, r, max_loss_increase, eval_dataloader, r_max)
     name = spectrum.adapter_name
-    part = run_on_all(lambda: adapted_part(model, name))
-    config, layers = run_on_all(lambda: _checked_for_truncation(part, spectrum))
+    part, config, layers = run_on_all(lambda: _checked_for_truncation(model, spectrum))
     at_least = dict.fromkeys(spectrum, 1) if _bias_needs_adapter(config) else {}
     loss = None
     if eval_dataloader is not None:
@@ -196,8 +195,7 @@ def measure_sizes(
         ValueError: If the spectrum was measured on other weights, the adapter is not active, or a loss is not finite.
         RuntimeError: If another process failed.
     """
-    part = run_on_all(lambda: adapted_part(model, spectrum.adapter_name))
-    config, layers = run_on_all(lambda: _checked_for_truncation(part, spectrum))
+    _, config, layers = run_on_all(lambda: _checked_for_truncation(model, spectrum))
     require_active(layers, spectrum.adapter_name)
     at_least = dict.fromkeys(spectrum, 1) if _bias_needs_adapter(config) else {}
     batches = _readable_again(eval_dataloader)
@@ -258,14 +256,17 @@ def _checked_size(
     return next(iter(sizes.items()))
 
 
-def _checked_for_truncation(model: nn.Module, spectrum: LoraSpectrum) -> tuple[LoraConfig, Mapping[str, LoraLayer]]:
-    """The config and the layers of the spectrum's adapter, if it is the one that the spectrum was measured on."""
+def _checked_for_truncation(
+    model: nn.Module, spectrum: LoraSpectrum
+) -> tuple[nn.Module, LoraConfig, Mapping[str, LoraLayer]]:
+    """The part of the model with the spectrum's adapter, its config and its layers, if the spectrum is of them."""
     name = spectrum.adapter_name
-    config = lora_config_of(model, name)
-    require_own_config(model, name, config)
-    layers = checked_layers(model, name)
+    part = adapted_part(model, name)
+    config = lora_config_of(part, name)
+    require_own_config(part, name, config)
+    layers = checked_layers(part, name)
     require_unsharded(
-        model, layers, "Load it into a model that is not sharded: the spectrum is right for that one, too"
+        part, layers, "Load it into a model that is not sharded: the spectrum is right for that one, too"
     )
     different = sorted(set(layers) ^ set(spectrum))
     if different:
@@ -279,7 +280,7 @@ def _checked_for_truncation(model: nn.Module, spectrum: LoraSpectrum) -> tuple[L
                 f"The adapter of layer {layer!r} has other weights than those that the spectrum was measured on. "
                 "Measure it again with `get_lora_spectrum`."
             )
-    return config, layers
+    return part, config, layers
 
 
 def _bias_needs_adapter(config: LoraConfig) -> bool:

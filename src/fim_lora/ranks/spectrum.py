@@ -109,7 +109,7 @@ class LayerSpectrum:
             return [float(value) for value in self.squared_norms]
         return [float(value) for value in np.square(self.gates, dtype=np.float64).mean(0) / 2]
 
-    @property
+    @cached_property
     def priorities(self) -> list[float]:
         """What the components are ordered by, from their saliencies and norms; see `truncation.priorities`."""
         return [float(value) for value in priorities(self.saliencies, self.squared_norms)]
