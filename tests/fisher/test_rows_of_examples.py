@@ -166,15 +166,16 @@ def test_nothing_tells_sequences_from_examples():
         scores_of(net, [{"x": x}], ["0"], forward_fn=lambda net, batch: net(batch["x"]).square().mean())
 
 
+class WithPositions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions, self.out = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(x + self.positions(torch.arange(x.shape[1])))
+
+
 def test_positions_that_all_examples_share():
-    class WithPositions(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.positions, self.out = nn.Embedding(9, 6), nn.Linear(6, 3)
-
-        def forward(self, x):
-            return self.out(x + self.positions(torch.arange(x.shape[1])))
-
     torch.manual_seed(0)
     net, x = WithPositions().double(), torch.randn(4, 4, 6, dtype=torch.float64)
     y = torch.randn(4, 4, 3, dtype=torch.float64)
@@ -416,15 +417,19 @@ def squared_errors(net, batch):
     return (net(batch["x"]) - batch["y"]).square().mean()
 
 
-def assert_flattening_scores(batches, forward_fn, batch=None):
-    batch, net = batch or flattening_batch(), Flattening().double()
+def truth_of_flattening(batch):
+    net = Flattening().double()
     weights = {name: net.get_submodule(name).weight for name in ("kept", "flattened")}
-    truth = truth_of(
+    return truth_of(
         lambda t: squared_errors(net, {name: value[[t]] for name, value in batch.items()}), weights, len(batch["x"])
     )
+
+
+def assert_flattening_scores(batches, forward_fn, batch=None):
+    truth = truth_of_flattening(batch or flattening_batch())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert_scores(scores_of(net, batches, list(weights), forward_fn=forward_fn), truth)
+        assert_scores(scores_of(Flattening().double(), batches, list(truth), forward_fn=forward_fn), truth)
 
 
 @pytest.mark.parametrize("kind", [BatchEncoding, BatchFeature, UserDict, dict])
@@ -601,14 +606,6 @@ def adapted_flattening():
     return get_peft_model(Flattening().double(), LoraConfig(r=2, target_modules=["kept", "flattened"], **fim))
 
 
-def truth_of_flattening(batch):
-    net = Flattening().double()
-    weights = {name: net.get_submodule(name).weight for name in ("kept", "flattened")}
-    return truth_of(
-        lambda t: squared_errors(net, {name: value[[t]] for name, value in batch.items()}), weights, len(batch["x"])
-    )
-
-
 def test_pieces_of_a_batch_through_layers_that_flatten_it():
     batch = flattening_batch(size=4, length=6)
 
@@ -669,16 +666,8 @@ class OfSequencesFirst(nn.Sequential):
 
 
 def test_positions_in_a_loop_of_ones_own_warn():
-    class WithPositions(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table, self.out = nn.Embedding(9, 6), nn.Linear(6, 3)
-
-        def forward(self, x):
-            return self.out(x + self.table(torch.arange(x.shape[1])))
-
-    config = LoraConfig(r=2, target_modules=["table", "out"], init_lora_weights="fim", fim_config=FimConfig())
+    config = LoraConfig(r=2, target_modules=["positions", "out"], init_lora_weights="fim", fim_config=FimConfig())
     model = get_peft_model(WithPositions(), config)
     model(torch.randn(4, 4, 6)).square().mean().backward()
-    with pytest.warns(UserWarning, match=r"several ways.*'table'"):
+    with pytest.warns(UserWarning, match=r"several ways.*'positions'"):
         scores_in_own_loop(model)

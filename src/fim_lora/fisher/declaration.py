@@ -47,7 +47,7 @@ class Declaration(NamedTuple):
 
         Raises:
             UnattributableError: If the rows of the layer belong to no example.
-            ValueError: If the forward passes fit to no reading of the declaration.
+            ValueError: If the forward passes fit no reading of the declaration.
         """
         examples, sizes = self.num_examples, [self.num_examples if size is None else size for size in forward_sizes]
         if all(size == examples for size in sizes):

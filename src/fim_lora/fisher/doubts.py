@@ -16,12 +16,12 @@ class Doubts:
     """What was assumed about batches, because they did not show it.
 
     Attributes:
-        way_out: What the user can do, as a sentence without a full stop.
+        advice: What the user can do, as a sentence without a full stop.
         several_forward_passes: Whether several forward passes of a loop of one's own came before one backward pass.
         uncertain_batch_size: Whether the inputs of a forward pass left their number of examples open.
     """
 
-    way_out: str = DECLARE
+    advice: str = DECLARE
     several_forward_passes: bool = False
     uncertain_batch_size: bool = False
 
@@ -31,7 +31,7 @@ class Doubts:
             warnings.warn(
                 "The model was called several times before one backward pass, and every call was taken for another "
                 "view of the same examples. If the calls are pieces of one batch, the scores are wrong. "
-                f"{self.way_out}.",
+                f"{self.advice}.",
                 stacklevel=4,
             )
         if self.uncertain_batch_size:
@@ -39,13 +39,13 @@ class Doubts:
                 "The batches do not show how many examples they hold: the leading dimensions of their tensors differ, "
                 "or they have no tensors. That of the first tensor, or of each layer's input, was taken, and the "
                 "scores are wrong if it is not the number of examples. "
-                f"{self.way_out}.",
+                f"{self.advice}.",
                 stacklevel=4,
             )
         if ambiguous_layers:
             warnings.warn(
                 f"The rows of the inputs of {len(ambiguous_layers)} layers could belong to the examples of a batch in "
                 "several ways. They were taken as consecutive rows of each example, or as sequences whose second "
-                f"dimension is the batch: {sorted(ambiguous_layers)}. {self.way_out}.",
+                f"dimension is the batch: {sorted(ambiguous_layers)}. {self.advice}.",
                 stacklevel=4,
             )

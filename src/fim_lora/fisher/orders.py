@@ -16,7 +16,8 @@ def with_next_example(batch: Any, batch_size: int, dimension: int) -> Any:
     """The batch with every example in the place of the one before it.
 
     The leading dimension of a tensor holds the examples if it has B or k · B entries, in blocks of k, and the second
-    one if it has B. Lists of B strings or mappings are lists of examples. What fits to none of this stays.
+    one if it has B. Lists of B strings or mappings are lists of examples. What fits none of this stays. All tensors
+    are new, as in `copied`.
 
     Args:
         batch: The batch.
@@ -28,7 +29,7 @@ def with_next_example(batch: Any, batch_size: int, dimension: int) -> Any:
         if isinstance(value, Tensor):
             return _moved(value, batch_size, dimension)
         if _is_list_of_examples(value, batch_size):
-            return [*value[1:], value[0]]
+            return copied([*value[1:], value[0]])
         return value
 
     return _mapped(batch, moved)
@@ -60,7 +61,7 @@ def _dimensions(value: Tensor, batch_size: int) -> list[int]:
 def _moved(value: Tensor, batch_size: int, dimension: int) -> Tensor:
     possible = _dimensions(value, batch_size)
     if not possible:
-        return value
+        return value.clone()
     chosen = dimension if dimension in possible else possible[0]
     return value.roll(-(value.shape[chosen] // batch_size), chosen)
 

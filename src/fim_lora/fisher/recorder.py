@@ -46,7 +46,7 @@ class Recorder(Generic[Measurement, Result]):
     Args:
         layers: Name, as in the base model, to target layer, PEFT's LoRA layer or base layer.
         statistic: What to measure.
-        way_out: What the user can do where passes do not show which rows belong to which example.
+        advice: What the user can do where passes do not show which rows belong to which example.
         probe: Decides which rows belong to which example, where the shapes of inputs leave several readings. Without
             it, rules decide, and the result warns of these layers.
 
@@ -58,7 +58,7 @@ class Recorder(Generic[Measurement, Result]):
         self,
         layers: Mapping[str, TargetLayer | nn.Module],
         statistic: Statistic[Measurement, Result],
-        way_out: str = DECLARE,
+        advice: str = DECLARE,
         probe: RowProbe | None = None,
     ) -> None:
         self.layers = {
@@ -75,7 +75,7 @@ class Recorder(Generic[Measurement, Result]):
         self._rows: RowProbe | RowRules = probe or RowRules()
         self._declaration: Declaration | None = None
         self._is_declaration_used = self._has_roots = False
-        self._doubts = Doubts(way_out)
+        self._doubts = Doubts(advice)
         self._handles: list[RemovableHandle] = []
 
     def start(
@@ -175,7 +175,7 @@ class Recorder(Generic[Measurement, Result]):
             RuntimeError: If another process failed; see also `result` of the statistic, such as `NormSums.result`.
         """
         result = self.merged_statistic().result(self.layers)
-        self._doubts.warn(self._rows.ambiguous if isinstance(self._rows, RowRules) else ())
+        self._doubts.warn(self._rows.ambiguous)
         return result
 
     def merged_statistic(self) -> Statistic[Measurement, Result]:
@@ -212,7 +212,7 @@ class Recorder(Generic[Measurement, Result]):
             return False
         if is_inside_backward():
             return True  # a recomputation by gradient checkpointing, of a call that was counted before
-        if isinstance(self._rows, RowProbe) and self._rows.is_running:
+        if self._rows.is_running:
             self._note_rows(target, x)
             return False
         if self._evaluating and not torch.is_grad_enabled():

@@ -5,10 +5,10 @@ are compared by one number for each row, a projection of the row on a fixed vect
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ Projections = list[Tensor]
 
 
 class Reading(NamedTuple):
-    """A layer, and the layouts that fit to the shape of its input: what the probe decides about."""
+    """A layer, and the layouts that fit the shape of its input: what the probe decides about."""
 
     layer: str
     layouts: tuple[RowLayout, ...]
@@ -48,8 +48,11 @@ class RowProbe:
     """Layouts of rows that were found, and the projections of the rows of the current pass.
 
     Attributes:
+        ambiguous: No layer: what has several readings is decided.
         found: What is decided.
     """
+
+    ambiguous: ClassVar[Collection[str]] = frozenset()
 
     found: dict[Reading, Attribution] = field(default_factory=dict)
     # Layers with rows that belonged to no example in some batch, such as those that a router chose.
@@ -70,10 +73,8 @@ class RowProbe:
         # Nothing in the batch before it was ambiguous, so its shapes have one reading each.
         self.found.update({key: key.layouts[0] for key in self._current})
         self._clear()
-        self._batch, self._random = (
-            copied(batch),
-            RandomState.capture(torch.empty(0, device=device), *tensors_of(batch)),
-        )
+        self._batch = copied(batch)
+        self._random = RandomState.capture(torch.empty(0, device=device), *tensors_of(batch))
 
     def note(self, target: TargetLayer, x: Tensor, batch_size: int) -> None:
         """Note the input of a call in the forward pass."""
@@ -91,8 +92,10 @@ class RowProbe:
             self._note_rows(key, shape, x, batch_size)
 
     def _note_rows(self, key: Reading, shape: tuple[int, ...], x: Tensor, batch_size: int) -> None:
-        current = self._current if self._moved is None else self._moved
-        current[key].append(projections(x, len(shape)))
+        if self._moved is not None:
+            self._moved[key].append(projections(x, len(shape)))
+            return
+        self._current[key].append(projections(x, len(shape)))
         # Ids of one dimension may be positions, which all examples share.
         are_open_ids = not x.is_floating_point() and (len(shape) == 1 or key.layouts != (LEADING,))
         if are_open_ids or is_ambiguous(shape, key.layouts, batch_size):
@@ -151,7 +154,7 @@ class RowProbe:
         moved: dict[Reading, Projections] = defaultdict(list)
         try:
             with self._another_order(moved):
-                loss = run(with_next_example(copied(self._batch), batch_size, dimension))
+                loss = run(with_next_example(self._batch, batch_size, dimension))
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:
@@ -166,12 +169,12 @@ class RowProbe:
 
     @contextmanager
     def _another_order(self, moved: dict[Reading, Projections]) -> Iterator[None]:
-        is_open, self._moved = set(self._open), moved
+        self._moved = moved
         try:
             with self._random.restored():
                 yield
         finally:
-            self._open, self._moved = is_open, None
+            self._moved = None
 
     def _clear(self) -> None:
         self._current.clear()

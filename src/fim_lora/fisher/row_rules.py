@@ -1,11 +1,12 @@
 """`RowRules`: attributes rows to examples by the shapes alone, where a pass cannot be repeated."""
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .layers.attribution import rules_contradict
 from .layers.registry import TargetLayer
 from .layers.rows import Attribution, is_ambiguous, possible_layouts, row_shape
 
@@ -15,8 +16,11 @@ class RowRules:
     """Attribution by the rules of `by_example`.
 
     Attributes:
+        is_running: Never: there is no further pass.
         ambiguous: Layers with rows that the rules attributed, although their shape has several readings.
     """
+
+    is_running: ClassVar[bool] = False
 
     ambiguous: set[str] = field(default_factory=set)
 
@@ -24,7 +28,8 @@ class RowRules:
         """Note the input of a call in the forward pass."""
         shape = row_shape(x)
         layouts = possible_layouts(shape, batch_size, target.batch_dimensions)
-        if x.is_floating_point() and _is_refused_by_the_rules(shape, batch_size, target.batch_dimensions):
+        follows_rules = x.is_floating_point() and target.batch_dimensions == (0, 1)
+        if follows_rules and rules_contradict(shape, batch_size):
             return  # the whole batch counts as one example, which another warning says
         if is_ambiguous(shape, layouts, batch_size) or _may_be_positions(x, batch_size):
             self.ambiguous.add(target.name)
@@ -32,13 +37,6 @@ class RowRules:
     def attribution(self, target: TargetLayer, x: Tensor, batch_size: int) -> Attribution:
         """How the rows of a call are attributed to examples."""
         return "by rules"
-
-
-def _is_refused_by_the_rules(shape: Sequence[int], batch_size: int, dimensions: Collection[int]) -> bool:
-    """Whether sequences that come first are a multiple of the batch long; see `by_example`."""
-    if len(shape) < 2 or 1 not in dimensions or 0 not in dimensions:
-        return False
-    return shape[0] != batch_size and shape[0] % batch_size == 0 and shape[1] == batch_size
 
 
 def _may_be_positions(x: Tensor, batch_size: int) -> bool:

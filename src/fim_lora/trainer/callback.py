@@ -55,11 +55,10 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
     Raises:
         ValueError: If an argument is out of range. When the trainer is created: if several parts of the model have
             the adapter. When the training begins: if it does not exist, is not larger than `r`, or has a form that
-            `compress_lora` refuses; if the cut
-            would come before the second step; if the trainer shards the model (FSDP, DeepSpeed) or uses
-            `nn.DataParallel`; if the optimizer does not hold the adapter, or has no learning rate for `wide_scale` to
-            change; or if the checkpoint belongs to another run. When a checkpoint is loaded: if its adapter is larger
-            than that of the model.
+            `compress_lora` refuses; if the cut would come before the second step; if the trainer shards the model
+            (FSDP, DeepSpeed) or uses `nn.DataParallel`; if the optimizer does not hold the adapter, or has no learning
+            rate for `wide_scale` to change; or if the checkpoint belongs to another run. When a checkpoint is loaded:
+            if its adapter is larger than that of the model.
         TypeError: If the optimizer is not one of PyTorch, or a layer's class is not supported.
         RuntimeError: At the cut, if no batch had finite gradients, or every gradient is zero.
     """

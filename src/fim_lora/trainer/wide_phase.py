@@ -50,7 +50,7 @@ class WideSettings:
     sequences_per_example: int = 1
 
 
-_WAY_OUT = "If that is wrong, cut the adapter after the training, by `get_lora_spectrum` with a dataloader"
+_ADVICE = "If that is wrong, cut the adapter after the training, by `get_lora_spectrum` with a dataloader"
 
 
 class WidePhase:
@@ -81,7 +81,7 @@ class WidePhase:
         shapes = {name: one.shape for name, one in plain_adapters(self._layers, settings.adapter_name).items()}
         self._moments = TrainingMoments.for_training(shapes, settings.sequences_per_example)
         statistic: AdapterMoments = self._moments
-        self._recorder: Recorder[MeasuredLayer, AdapterMoments] = Recorder(self._adapted, statistic, _WAY_OUT)
+        self._recorder: Recorder[MeasuredLayer, AdapterMoments] = Recorder(self._adapted, statistic, _ADVICE)
         self._records = False
         self._finder = DataParallelFinder(model) if dist.is_available() and dist.is_initialized() else None
 

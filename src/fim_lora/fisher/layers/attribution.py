@@ -29,11 +29,18 @@ def by_example(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """
     if x.ndim == 1:
         x, g = x.unsqueeze(0), g.unsqueeze(0)
+    if rules_contradict(x.shape[:-1], batch_size):
+        raise UnattributableError
     if x.shape[0] != batch_size and x.ndim >= 3 and x.shape[1] == batch_size:
-        if batch_size > 1 and x.shape[0] % batch_size == 0:
-            raise UnattributableError
         return x.transpose(0, 1), g.transpose(0, 1)
     return by_leading_dimension(x, g, batch_size)
+
+
+def rules_contradict(shape: Sequence[int], batch_size: int) -> bool:
+    """Whether rules 2 and 3 of `by_example` both apply to rows of this shape, the input without its features."""
+    if batch_size == 1 or len(shape) < 2 or shape[0] == batch_size:
+        return False
+    return shape[1] == batch_size and shape[0] % batch_size == 0
 
 
 def by_leading_dimension(x: Tensor, g: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def row_shape(x: Tensor) -> tuple[int, ...]:
 def possible_layouts(
     shape: Sequence[int], batch_size: int, dimensions: Collection[int] = (0, 1)
 ) -> tuple[RowLayout, ...]:
-    """All layouts that fit to the leading dimensions of an input.
+    """All layouts that fit the leading dimensions of an input.
 
     A leading dimension of the size of the batch is the batch, unless the second one has this size as well.
 
