@@ -17,8 +17,8 @@ QUANTIZED := $(VENV)/quantized
 DEEPSPEED := $(VENV)/deepspeed
 DEMO := demo-output
 # One worker per processor, one thread per worker, and all tests of a file on the same worker: the test models are too
-# small to benefit from more threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+# small to benefit from more threads. The order of the files is that of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest-peft lint types clean

@@ -2,9 +2,7 @@
 
 import dataclasses
 import inspect
-import os
 import pickle
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -16,20 +14,23 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 import fim_lora
 from fim_lora import FimConfig
 from fim_lora.adapter.install import install
+from helpers.fork_server import run_in_fork
 from helpers.tiny_models import llama
 
+BEFORE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+assert not {"peft", "fim_lora"} & set(sys.modules)
+"""
 
-def python(code, **environment):
-    """Runs code in a new process, and returns its output."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONHASHSEED": "0"} | environment,
-        check=False,
+
+def python(code):
+    """Runs code in a process that has imported neither PEFT nor fim_lora, and returns its output."""
+    status, output = run_in_fork(
+        BEFORE + textwrap.dedent(code), "torch", "transformers", "accelerate", variables=(("PYTHONHASHSEED", "0"),)
     )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    assert status == 0, output
+    return output
 
 
 def test_names_can_be_imported_from_everywhere():
@@ -137,8 +138,9 @@ except TypeError as error:
 
 def test_nothing_changes_for_other_configs():
     """Bytes written, representation, weights and hooks, in a process without fim_lora and in one with it."""
-    assert python(CONFIGS) == python("import fim_lora\n" + CONFIGS)
-    assert len(python(CONFIGS)) > 3000
+    stock = python(CONFIGS)
+    assert stock == python("import fim_lora\n" + CONFIGS)
+    assert len(stock) > 3000
 
 
 def test_installing_again_changes_nothing():

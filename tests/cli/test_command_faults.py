@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from helpers.cli_inputs import COMPRESSED_FILES, OUR_FILES, save_adapter, save_llama, texts, write_jsonl
+from helpers.fork_server import run_in_fork
 
 # Seconds after which a process that does not end is a failure.
 TIME_LIMIT = 300
@@ -260,11 +261,11 @@ def test_standard_output_that_is_full(inputs, tmp_path, environment, command):
 
 # Root may write everywhere, so the process changes to another user if the tests run as root.
 UNPRIVILEGED = """
-import os, sys
-import fim_lora.cli.app, fim_lora.cli.allocate, fim_lora.cli.compress
+import contextlib, io, json, os
+import fim_lora.cli
 from fim_lora_command import main
 
-place, when, *arguments = sys.argv[1:]
+place, when, arguments = {values!r}
 module = getattr(fim_lora.cli, arguments[0])
 if os.geteuid() == 0:
     os.chown(place, 65534, 65534)
@@ -281,30 +282,46 @@ else:
         return write(*args)
 
     module._write = forbidden
-sys.exit(main(arguments))
+out, err = io.StringIO(), io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    code = main(arguments)
+print(json.dumps([code, out.getvalue(), err.getvalue()]))
 """
 
 
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
-@pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("command", FILES)
-def test_a_folder_that_cannot_be_written(command, exists, when):
+@pytest.fixture(scope="module")
+def open_folder():
+    """A folder that every user can reach, with inputs that every user can read."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         root.chmod(0o755)
         inputs = write_inputs(root)
         for file in (*inputs[0].iterdir(), *inputs[2].iterdir()):
             file.chmod(0o644)
-        place, cache = root / "place", root / "cache"
-        place.mkdir()
-        cache.mkdir()
-        cache.chmod(0o777)
-        home = {name: str(cache) for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "MPLCONFIGDIR", "TMPDIR")}
-        arguments = arguments_for(inputs, place if exists else place / "out", command=command)
-        result = run(UNPRIVILEGED, os.environ | home | {"OMP_NUM_THREADS": "1"}, str(place), when, *arguments)
-        assert (result.returncode, result.stdout) == (1, "")
-        [line] = result.stderr.splitlines()
-        assert line.startswith(f"fim-lora: error: {place}")
-        assert line.endswith(": Permission denied")
-        assert snapshot(place) == {}
-        place.chmod(0o755)
+        (root / "cache").mkdir()
+        (root / "cache").chmod(0o777)
+        yield root, inputs
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("command", FILES)
+def test_a_folder_that_cannot_be_written(open_folder, command, exists, when):
+    root, inputs = open_folder
+    place = root / f"{command} {exists} {when}"
+    place.mkdir()
+    arguments = arguments_for(inputs, place if exists else place / "out", command=command)
+    result = run_in_fork(
+        UNPRIVILEGED.format(values=(str(place), when, arguments)),
+        "fim_lora.cli.app",
+        "fim_lora.cli.allocate",
+        "fim_lora.cli.compress",
+        variables=tuple((name, str(root / "cache")) for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "TMPDIR")),
+    )
+    code, out, err = json.loads(result[1])
+    assert (result[0], code, out) == (0, 1, "")
+    [line] = err.splitlines()
+    assert line.startswith(f"fim-lora: error: {place}")
+    assert line.endswith(": Permission denied")
+    assert snapshot(place) == {}
+    place.chmod(0o755)

@@ -17,15 +17,19 @@ TESTS = Path(__file__).parents[1]
 
 
 @functools.cache
-def _server(modules):
+def _server(modules, variables):
     """The process that has imported these modules. It ends with the tests, when its input is closed."""
     command = [sys.executable, str(Path(__file__)), *modules]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | dict(variables)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def run_in_fork(code, *modules):
-    """Run the code where these modules are imported. Return its exit status and what it printed."""
-    process = _server(modules)
+def run_in_fork(code, *modules, variables=()):
+    """Run the code where these modules are imported. Return its exit status and what it printed.
+
+    `variables` are names and values that the environment had when the modules were imported.
+    """
+    process = _server(modules, variables)
     process.stdin.write(json.dumps(code) + "\n")
     process.stdin.flush()
     return json.loads(process.stdout.readline())
