@@ -273,6 +273,32 @@ def test_losses_of_several_sizes_are_those_after_a_truncation():
         assert loss == pytest.approx(mean_loss(copied, data, show_progress_bar=False), rel=1e-5)
 
 
+def test_an_autocast_around_everything_rounds_no_weights_and_sees_the_present_ones():
+    """Autocast keeps the cast of a parameter until its block ends, also when the parameter changes."""
+    data = lm_batches(2)
+    model = trained(llama())
+    spectrum, copied = spectrum_of(model), copy.deepcopy(model)
+
+    def in_autocast(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch).loss
+
+    whole = mean_loss(model, data, in_autocast, show_progress_bar=False)
+    compress_lora(copied, spectrum, keep=1 / 8)
+    small = mean_loss(copied, data, in_autocast, show_progress_bar=False)
+    assert abs(small - whole) > 0.04
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mean_loss(model, data, show_progress_bar=False) == whole
+        [(_, loss)] = measure_sizes(model, spectrum, [spectrum.num_parameters // 8], data, show_progress_bar=False)
+        assert loss == pytest.approx(small, rel=1e-2)
+        assert mean_loss(model, data, show_progress_bar=False) == whole
+        result = compress_lora(model, spectrum, keep=1 / 8, eval_dataloader=data, show_progress_bar=False)
+        assert result.loss_after == loss
+        assert mean_loss(model, data, show_progress_bar=False) == small
+    for (name, found), expected in zip(model.named_parameters(), copied.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
 def own_mean_loss(model, data):
     """The loss over all labels together, of a model whose loss is a mean over labels."""
     terms = [int((batch["labels"] != -100).sum()) for batch in data]

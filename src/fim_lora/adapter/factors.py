@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Embedding, ParamWrapper, _ConvNd
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..fisher.gradients.products import without_autocast
 from .lora_layers import layers_rebuilt_together
 
 
@@ -107,12 +108,14 @@ class Weights:
     def with_rows(self, tensor: Tensor, rows: Tensor) -> Tensor:
         """A tensor in the shape of A after `rows · A_p` (P × k × r), computed in float32 at least."""
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        return self.form.write_a(rows.to(wide) @ self.form.read_a(wide)).to(tensor.dtype)
+        with without_autocast(wide.device.type):
+            return self.form.write_a(rows.to(wide) @ self.form.read_a(wide)).to(tensor.dtype)
 
     def with_columns(self, tensor: Tensor, columns: Tensor) -> Tensor:
         """A tensor in the shape of B after `B_p · columns` (P × r × k), computed in float32 at least."""
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        return self.form.write_b(self.form.read_b(wide) @ columns.to(wide)).to(tensor.dtype)
+        with without_autocast(wide.device.type):
+            return self.form.write_b(self.form.read_b(wide) @ columns.to(wide)).to(tensor.dtype)
 
 
 def weights_of(layer: LoraLayer, adapter_name: str) -> list[Weights]:

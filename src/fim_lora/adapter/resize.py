@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -86,6 +87,7 @@ def resize_adapter(
         state.keep_parameters()
     if removed:
         remove_adapter(model, removed, adapter_name, new_config.bias)
+    torch.clear_autocast_cache()  # an autocast around the call keeps casts of the weights before
     # In place, because the model and its tuner share the object.
     lora_config_of(model, adapter_name).__dict__.update(new_config.__dict__)
 

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..fisher.gradients.products import without_autocast
 from ..runtime.optimizer_state import StateMap, carried_state, set_state
 from .config_writer import config_with_ranks
 from .factors import Weights, weights_of
@@ -109,10 +110,12 @@ def truncated_weights(
                     one.with_rows(one.a.data, padded.rows),
                     one.with_columns(one.b.data, padded.columns * own.scaling_ratio),
                 )
+        torch.clear_autocast_cache()  # an autocast around the call keeps casts of the weights before
         yield
     finally:
         for parameter, values in before:
             parameter.data = values
+        torch.clear_autocast_cache()
 
 
 def config_after_truncation(
@@ -161,8 +164,9 @@ def _maps_by_weights(mapped: CoreMap, weights: Sequence[Weights]) -> list[CoreMa
 def _balanced(weights: Weights, mapped: CoreMap) -> CoreMap:
     """Give the row of A and the column of B of each component the same norm, so that both learn at one pace."""
     a, b = weights.matrices()
-    norms_a = torch.linalg.vector_norm(mapped.rows.to(a) @ a, dim=2)
-    norms_b = torch.linalg.vector_norm(b @ mapped.columns.to(b), dim=1)
+    with without_autocast(a.device.type):
+        norms_a = torch.linalg.vector_norm(mapped.rows.to(a) @ a, dim=2)
+        norms_b = torch.linalg.vector_norm(b @ mapped.columns.to(b), dim=1)
     is_defined = (norms_a > 0) & (norms_b > 0)
     factor = torch.where(is_defined, (norms_b / norms_a).sqrt(), 1.0).double().cpu()
     return CoreMap(mapped.rows * factor[:, :, None], mapped.columns / factor[:, None, :], mapped.scaling_ratio)
