@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,11 @@ import torch
 
 from compression_criteria import CRITERIA, OURS, PARA, Adapter, Selection
 from compression_report import TRAINED_AT_SIZE, format_report, summary
-from compression_training import BENCHMARK_TASKS, CUSTOMARY_LEARNING_RATE, Run, Workshop
+from compression_training import BENCHMARK_TASKS, CUSTOMARY_LEARNING_RATE, Run, Workshop, forward
 from fim_lora.adapter.plain_adapter import plain_adapters
 from fim_lora.adapter.truncate import core_map, truncated_weights
-from fim_lora.fisher.calibration import calibrate
-from fim_lora.fisher.factors import AdapterMoments
-from fim_lora.spectrum import adapted_layers, checked_layers
-from quality_tasks import Batch, batches
+from fim_lora.spectrum import adapted_layers, checked_layers, path_moments
+from quality_tasks import Batch, Task, batches
 
 SIZES = (2, 4, 8, 16)
 """The adapter is truncated to one part in this many of its parameters."""
@@ -55,14 +54,14 @@ def measure(workshop: Workshop, run: Run, criteria: Sequence[str], file: Path) -
     model, test = workshop.trained(run), _test_batches(workshop, run)
     layers = checked_layers(model, "default")
     start = time.perf_counter()
-    adapter = _adapter(model, layers, workshop.calibration(run, CALIBRATION_BATCHES))
+    adapter = _adapter(model, layers, workshop.calibration(run, CALIBRATION_BATCHES), task)
     seconds = time.perf_counter() - start
-    result = result or _facts(workshop, run, adapter, seconds) | {"whole": _losses(model, test, task.causal)}
+    result = result or _facts(workshop, run, adapter, seconds) | {"whole": _losses(model, test, task)}
     for name in missing:
         if name == TRAINED_AT_SIZE:
             found = {"sizes": {str(size): _trained_at(workshop, run, size, test) for size in SIZES}}
         else:
-            found = _cut(model, layers, adapter, name, test, task.causal)
+            found = _cut(model, layers, adapter, name, test, task)
         result["criteria"][name] = found
         increases = {size: _increase(one["losses"], result["whole"]) for size, one in found["sizes"].items()}
         print(run.name, name, {size: round(increase, 4) for size, increase in increases.items()}, flush=True)
@@ -94,25 +93,33 @@ def _trained_at(workshop: Workshop, run: Run, size: int, test: Sequence[Batch]) 
     smaller = replace(run, r=run.r // size)
     model = workshop.trained(smaller)
     parameters = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
-    losses = _losses(model, test, BENCHMARK_TASKS[run.task].causal)
+    losses = _losses(model, test, BENCHMARK_TASKS[run.task])
     return {"parameters": parameters, "largest_rank": smaller.r, "losses": losses}
 
 
 def _cut(
-    model: Any, layers: Mapping[str, Any], adapter: Adapter, criterion: str, test: Sequence[Batch], causal: bool
+    model: Any, layers: Mapping[str, Any], adapter: Adapter, criterion: str, test: Sequence[Batch], task: Task
 ) -> dict[str, Any]:
     """What a criterion keeps at every size, and the losses; with the seconds that the choice took."""
     start = time.perf_counter()
     selection = CRITERIA[criterion](adapter)
     seconds = time.perf_counter() - start
-    sizes = {str(size): _at_size(model, layers, adapter, selection, size, test, causal) for size in SIZES}
+    sizes = {str(size): _at_size(model, layers, adapter, selection, size, test, task) for size in SIZES}
     return {"seconds": seconds, "sizes": sizes}
 
 
-def _adapter(model: Any, layers: Mapping[str, Any], calibration: Sequence[Batch]) -> Adapter:
+def _adapter(model: Any, layers: Mapping[str, Any], calibration: Sequence[Batch], task: Task) -> Adapter:
     adapted, plain = adapted_layers(model, layers, "default"), plain_adapters(layers, "default")
-    statistic = AdapterMoments.for_layers({name: one.shape for name, one in plain.items()})
-    moments = calibrate(model, adapted, statistic, calibration, len(calibration), show_progress_bar=False)
+    moments = path_moments(
+        model,
+        adapted,
+        plain,
+        calibration,
+        "default",
+        len(calibration),
+        partial(forward, task),
+        show_progress_bar=False,
+    )
     return Adapter(plain, moments, {name: layer.weight_shape.rank_parameters for name, layer in adapted.items()})
 
 
@@ -123,26 +130,26 @@ def _at_size(
     selection: Selection,
     size: int,
     test: Sequence[Batch],
-    causal: bool,
+    task: Task,
 ) -> dict[str, Any]:
     kept = selection.keep(adapter.num_parameters // size)
     maps = {name: core_map(basis.left, basis.right, kept[name]) for name, basis in selection.bases.items()}
     with truncated_weights(layers, "default", maps):
-        losses = _losses(model, test, causal)
+        losses = _losses(model, test, task)
     ranks = {name: len(numbers) for name, numbers in kept.items()}
     parameters = sum(rank * adapter.costs[name] for name, rank in ranks.items())
     return {"parameters": parameters, "largest_rank": max(ranks.values()), "losses": losses}
 
 
 @torch.no_grad()
-def _losses(model: Any, test: Sequence[Batch], causal: bool) -> list[tuple[float, int]]:
+def _losses(model: Any, test: Sequence[Batch], task: Task) -> list[tuple[float, int]]:
     """Sum of the losses, and their number, of every batch."""
     model.eval()
     found = []
     for batch in test:
-        labels = batch["labels"][:, 1:] if causal else batch["labels"]
+        labels = batch["labels"][:, 1:] if task.causal else batch["labels"]
         terms = int((labels != -100).sum())
-        found.append((float(model(**batch).loss) * terms, terms))
+        found.append((float(forward(task, model, batch).loss) * terms, terms))
     return found
 
 
@@ -156,16 +163,16 @@ def planned_runs(workshop: Workshop, tasks: Sequence[str], ranks: Sequence[int],
     runs = []
     for task in tasks:
         for r in ranks:
-            rates = (tuned_learning_rate(workshop, task), CUSTOMARY_LEARNING_RATE)
+            rates = (tuned_learning_rate(workshop, task, r), CUSTOMARY_LEARNING_RATE)
             runs += [Run(task, r, rate, seed) for seed in seeds for rate in rates]
     return runs
 
 
-def tuned_learning_rate(workshop: Workshop, task: str) -> float:
-    """The learning rate of the grid with the lowest loss on the development split, at rank 16 with seed 0."""
+def tuned_learning_rate(workshop: Workshop, task: str, r: int) -> float:
+    """The learning rate of the grid with the lowest loss on the development split for this rank, with seed 0."""
     losses = {}
     for rate in BENCHMARK_TASKS[task].learning_rates:
-        run = Run(task, 16, rate, 0)
+        run = Run(task, r, rate, 0)
         workshop.train(run)
         losses[rate] = workshop.facts(run)["development"]
     return min(losses, key=losses.__getitem__)

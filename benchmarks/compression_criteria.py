@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from fim_lora.adapter.plain_adapter import PlainAdapter
-from fim_lora.fisher.basis import Basis, basis_of, damped, gate_gradients, root_of_metric, squared_norms
-from fim_lora.fisher.factors import AdapterMoments
+from fim_lora.fisher.basis import Basis, squared_norms
+from fim_lora.fisher.factors import PathMoments
 from fim_lora.ranks.truncation import by_layer, keep_within, order_of_components, priorities
-from fim_lora.spectrum import DAMPING
+from fim_lora.spectrum import DAMPING, gains_of, gates_of, measured_basis
 
 Kept = dict[str, list[int]]
 
@@ -28,7 +28,7 @@ class Adapter:
     """
 
     plain: Mapping[str, PlainAdapter]
-    moments: AdapterMoments
+    moments: PathMoments
     costs: Mapping[str, int]
 
     @property
@@ -42,20 +42,27 @@ class Adapter:
 
     def measured_bases(self, damping: float) -> dict[str, Basis]:
         """Components in the metric of the Fisher information, damped towards the plain one."""
-        bases = {}
-        for name, one in self.plain.items():
-            measured, (plain_u, plain_h) = self.moments.of(name), one.metrics
-            root_u = root_of_metric(damped(measured.gradients, plain_u, damping))
-            bases[name] = basis_of(root_u, root_of_metric(damped(measured.inputs, plain_h, damping)))
-        return bases
+        return {name: measured_basis(one, self.moments, name, damping) for name, one in self.plain.items()}
 
     def gate_saliencies(self, bases: Mapping[str, Basis]) -> dict[str, list[float]]:
-        """`½ E_t[q_tj²]` of every component, up to a common factor."""
-        saliencies = {}
+        """`½ E_t[q_tj²]` of every component."""
+        return {
+            name: (np.square(gates_of(basis, self.moments, name)[:, 0]).mean(0) / 2).tolist()
+            for name, basis in bases.items()
+        }
+
+    def gains(self, bases: Mapping[str, Basis]) -> dict[str, list[float]]:
+        """The gain of every component where the adapter has a part of its scaling."""
+        gains = {}
         for name, basis in bases.items():
-            gates = gate_gradients(basis, np.concatenate(self.moments.of(name).core_gradients))
-            saliencies[name] = np.square(gates[:, 0]).mean(0).tolist()
-        return saliencies
+            of_layer = gains_of(basis, self.moments, name)
+            assert of_layer is not None
+            gains[name] = of_layer[0].tolist()
+        return gains
+
+    def squared_norms(self, bases: Mapping[str, Basis]) -> dict[str, list[float]]:
+        """`‖ΔW_j‖²_F` of every component."""
+        return {name: squared_norms(basis, *self.plain[name].metrics)[0].tolist() for name, basis in bases.items()}
 
 
 @dataclass(frozen=True)
@@ -74,24 +81,32 @@ def _by_saliency(
     return Selection(bases, lambda budget: by_layer(keep_within(order, adapter.costs, budget), list(bases)))
 
 
-def fim_lora(adapter: Adapter, damping: float = DAMPING) -> Selection:
-    """Gates and norms in the K-FAC basis of some damping."""
-    bases = adapter.measured_bases(damping)
-    gates = adapter.gate_saliencies(bases)
-    norms = {name: squared_norms(basis, *adapter.plain[name].metrics).sum(0) for name, basis in bases.items()}
-    return _by_saliency(adapter, bases, {name: priorities(gates[name], norms[name]).tolist() for name in bases})
+def fim_lora(adapter: Adapter, bases: Mapping[str, Basis] | None = None) -> Selection:
+    """Gains and gate saliencies, by default in the damped K-FAC basis."""
+    bases = bases or adapter.measured_bases(DAMPING)
+    saliencies, gains = adapter.gate_saliencies(bases), adapter.gains(bases)
+    return _by_saliency(
+        adapter, bases, {name: priorities(saliencies[name], 0.0, gains[name]).tolist() for name in bases}
+    )
 
 
-def gates_in_measured_basis(adapter: Adapter) -> Selection:
-    """Gates in the K-FAC basis, without the norms."""
+def gates_and_norms(adapter: Adapter) -> Selection:
+    """Gate saliencies and norms in the K-FAC basis: the order without batches at a part of the scaling."""
+    bases = adapter.measured_bases(DAMPING)
+    saliencies, norms = adapter.gate_saliencies(bases), adapter.squared_norms(bases)
+    return _by_saliency(adapter, bases, {name: priorities(saliencies[name], norms[name]).tolist() for name in bases})
+
+
+def gates_alone(adapter: Adapter) -> Selection:
+    """Gate saliencies in the K-FAC basis."""
     bases = adapter.measured_bases(DAMPING)
     return _by_saliency(adapter, bases, adapter.gate_saliencies(bases))
 
 
-def gates_alone(adapter: Adapter) -> Selection:
-    """Gates on the components of the plain singular value decomposition."""
-    bases = adapter.plain_bases()
-    return _by_saliency(adapter, bases, adapter.gate_saliencies(bases))
+def gains_alone(adapter: Adapter) -> Selection:
+    """Gains in the K-FAC basis."""
+    bases = adapter.measured_bases(DAMPING)
+    return _by_saliency(adapter, bases, adapter.gains(bases))
 
 
 def kfac_alone(adapter: Adapter) -> Selection:
@@ -159,9 +174,11 @@ PARA = "PARA"
 
 CRITERIA: dict[str, Callable[[Adapter], Any]] = {
     OURS: fim_lora,
-    "without norms": gates_in_measured_basis,
-    "without damping": lambda adapter: fim_lora(adapter, 0.0),
+    "gains alone": gains_alone,
     "gates alone": gates_alone,
+    "gates and norms": gates_and_norms,
+    "without damping": lambda adapter: fim_lora(adapter, adapter.measured_bases(0.0)),
+    "plain components": lambda adapter: fim_lora(adapter, adapter.plain_bases()),
     "K-FAC alone": kfac_alone,
     "fim-lora without data": weights_per_parameter,
     PARA: para,

@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ BENCHMARK_TASKS = {
 """The tasks by name. The two language tasks are short enough for a computer without a GPU."""
 
 
+def precision(task: Task) -> AbstractContextManager[Any]:
+    """Language models run as they are usually trained, in bfloat16 with adapters in float32, and MiniLM in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=task.causal)
+
+
+def forward(task: Task, model: Any, batch: Batch) -> Any:
+    """The output of the model for a batch, in the precision of the task."""
+    with precision(task):
+        return model(**batch)
+
+
 class Workshop:
     """Trains adapters and loads them again. Reads each model and data set once.
 
@@ -116,7 +128,8 @@ class Workshop:
         task = BENCHMARK_TASKS[run.task]
         splits, pad = self.splits(task)
         model_path = self.models[task.causal]
-        model = load_model(task, model_path, splits.num_labels, run.seed, torch.device("cpu"), torch.float32)
+        dtype = torch.bfloat16 if task.causal else torch.float32
+        model = load_model(task, model_path, splits.num_labels, run.seed, torch.device("cpu"), dtype)
         model.config.pad_token_id = pad
         return model
 
@@ -161,7 +174,7 @@ class Workshop:
         optimizer, schedule = optimizer_and_schedule(model, run.learning_rate, task.steps)
         model.train()
         for batch in data:
-            model(**batch).loss.backward()
+            forward(task, model, batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
@@ -171,7 +184,8 @@ class Workshop:
         """Mean loss in nats. The model is left in eval mode."""
         _, pad = self.splits(task)
         by_length = sorted(examples, key=lambda example: len(example.input_ids))
-        return evaluate(model, task, batches(by_length, 4 * task.batch_size, pad, torch.device("cpu")))["loss"]
+        with precision(task):
+            return evaluate(model, task, batches(by_length, 4 * task.batch_size, pad, torch.device("cpu")))["loss"]
 
     def calibration(self, run: Run, num_batches: int) -> list[Batch]:
         """Batches of training examples, in another order than that of the training."""

@@ -17,9 +17,10 @@ from .adapter.factors import outermost_wrappers
 from .adapter.lora_layers import adapter_layers
 from .adapter.pending_config import lora_config_of
 from .adapter.plain_adapter import PlainAdapter, plain_adapters
+from .adapter.scaled_adapter import scalable_adapter
 from .fisher.basis import Basis, basis_of, damped, gate_gradients, reordered, root_of_metric, squared_norms
 from .fisher.calibration import ForwardFn, calibrate
-from .fisher.factors import AdapterMoments
+from .fisher.factors import PATH_SCALE, PathMoments
 from .fisher.layers.components import AdaptedLayer, adapted_layer
 from .ranks.compressed import Compression
 from .ranks.spectrum import SHOWN_SHARES, LayerSpectrum, Spectrum, size_rows
@@ -143,17 +144,39 @@ def get_lora_spectrum(
             )
         return spectrum
     require_active(layers, adapter_name)
-    moments = calibrate(
-        model,
-        adapted,
-        AdapterMoments.for_layers({name: one.shape for name, one in plain.items()}),
-        dataloader,
-        MAX_BATCHES if num_batches is None else num_batches,
-        forward_fn,
-        show_progress_bar,
-        enough=_HalvesAgree(plain, adapted) if num_batches is None else None,
-    )
+    moments = path_moments(model, adapted, plain, dataloader, adapter_name, num_batches, forward_fn, show_progress_bar)
     return spectrum_of(adapted, plain, moments, adapter_name)
+
+
+def path_moments(
+    model: nn.Module,
+    adapted: Mapping[str, AdaptedLayer],
+    plain: Mapping[str, PlainAdapter],
+    dataloader: Iterable[Any],
+    adapter_name: str,
+    num_batches: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    show_progress_bar: bool = True,
+) -> PathMoments:
+    """The moments behind a spectrum. Every second batch of all processes runs with a part of the adapter's scaling."""
+    statistic = PathMoments.for_layers({name: one.shape for name, one in plain.items()})
+    with scalable_adapter({name: one.lora for name, one in adapted.items()}, adapter_name) as scale:
+
+        def before_batch(number: int) -> None:
+            statistic.is_scaled = number % 2 == 1
+            scale(PATH_SCALE if statistic.is_scaled else 1.0)
+
+        return calibrate(
+            model,
+            adapted,
+            statistic,
+            dataloader,
+            MAX_BATCHES if num_batches is None else num_batches,
+            forward_fn,
+            show_progress_bar,
+            enough=_HalvesAgree(plain, adapted) if num_batches is None else None,
+            before_batch=before_batch,
+        )
 
 
 def checked_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -173,7 +196,7 @@ def adapted_layers(model: nn.Module, layers: Mapping[str, LoraLayer], adapter_na
 def spectrum_of(
     adapted: Mapping[str, AdaptedLayer],
     plain: Mapping[str, PlainAdapter],
-    moments: AdapterMoments | None,
+    moments: PathMoments | None,
     adapter_name: str,
 ) -> LoraSpectrum:
     """The spectrum from moments of all processes, or without data. All processes get that of process 0."""
@@ -183,21 +206,13 @@ def spectrum_of(
         if moments is None:
             return LoraSpectrum(layers, adapter_name)
         counts = (moments.num_batches, moments.num_skipped_batches, moments.num_examples)
-        return LoraSpectrum(layers, adapter_name, *counts, moments.terms_per_example)
+        return LoraSpectrum(layers, adapter_name, *counts, moments.terms_per_example, moments.scaled.num_examples)
 
     return gather_from_all(compute)[0]
 
 
-def _layer_spectrum(layer: AdaptedLayer, plain: PlainAdapter, moments: AdapterMoments | None) -> LayerSpectrum:
-    gates = None
-    if moments is None:
-        basis = plain.basis
-    else:
-        basis = _damped_basis(plain, moments, layer.name)
-        gates = _gates(basis, moments, layer.name)
-        value = priorities(np.square(gates).mean(0), squared_norms(basis, *plain.metrics))
-        order = np.argsort(-value, axis=1, kind="stable")
-        basis, gates = reordered(basis, order), np.take_along_axis(gates, order[None], axis=2).sum(1)
+def _layer_spectrum(layer: AdaptedLayer, plain: PlainAdapter, moments: PathMoments | None) -> LayerSpectrum:
+    basis, gates, gains = (plain.basis, None, None) if moments is None else _measured(plain, moments, layer.name)
     weight = layer.weight_shape
     return LayerSpectrum(
         shape=(weight.d_out, weight.d_in),
@@ -209,22 +224,45 @@ def _layer_spectrum(layer: AdaptedLayer, plain: PlainAdapter, moments: AdapterMo
         right=basis.right.astype(np.float32),
         gates=None if gates is None else gates.astype(np.float32),
         squared_norms=squared_norms(basis, *plain.metrics).sum(0).astype(np.float32),
+        gains=None if gains is None else gains.astype(np.float32),
     )
 
 
-def _damped_basis(plain: PlainAdapter, moments: AdapterMoments, name: str) -> Basis:
-    """The basis in the metric of the Fisher information, damped towards the plain one."""
-    measured, (plain_u, plain_h) = moments.of(name), plain.metrics
+def _measured(
+    plain: PlainAdapter, moments: PathMoments, name: str
+) -> tuple[Basis, np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+    """The basis of a layer with each part's components in order, their gates (N × k) and gains (k)."""
+    basis = measured_basis(plain, moments, name, DAMPING)
+    gates, gains = gates_of(basis, moments, name), gains_of(basis, moments, name)
+    value = priorities(np.square(gates).mean(0) / 2, squared_norms(basis, *plain.metrics), gains)
+    order = np.argsort(-value, axis=1, kind="stable")
+    gates = np.take_along_axis(gates, order[None], axis=2).sum(1)
+    return reordered(basis, order), gates, None if gains is None else np.take_along_axis(gains, order, axis=1).sum(0)
+
+
+def measured_basis(plain: PlainAdapter, moments: PathMoments, name: str, damping: float) -> Basis:
+    """The basis of a layer in the metric of the Fisher information, damped towards the plain one."""
+    measured, (plain_u, plain_h) = moments.whole.of(name), plain.metrics
     return basis_of(
-        root_of_metric(damped(measured.gradients, plain_u, DAMPING)),
-        root_of_metric(damped(measured.inputs, plain_h, DAMPING)),
+        root_of_metric(damped(measured.gradients, plain_u, damping)),
+        root_of_metric(damped(measured.inputs, plain_h, damping)),
     )
 
 
-def _gates(basis: Basis, moments: AdapterMoments, name: str, half: int | None = None) -> np.ndarray[Any, Any]:
+def gates_of(basis: Basis, moments: PathMoments, name: str, half: int | None = None) -> np.ndarray[Any, Any]:
     """Gradients of the gates (N × P × k) for the examples' summed losses, divided by the root of their mean length."""
-    core_gradients = np.concatenate(moments.of(name, half).core_gradients)
+    core_gradients = np.concatenate(moments.whole.of(name, half).core_gradients)
     return gate_gradients(basis, core_gradients) / np.sqrt(moments.terms_per_example)
+
+
+def gains_of(basis: Basis, moments: PathMoments, name: str, half: int | None = None) -> np.ndarray[Any, Any] | None:
+    """How much the loss falls per gate where the adapter has a part of its scaling (P × k), if that was measured."""
+    core_gradients = moments.scaled.of(name, half).core_gradients
+    if not core_gradients:
+        return None
+    # The measured gradients are those of gates on the scaled components.
+    gradients = gate_gradients(basis, np.concatenate(core_gradients).mean(0, keepdims=True, dtype=np.float64))[0]
+    return -gradients / PATH_SCALE / moments.terms_per_example
 
 
 class _HalvesAgree:
@@ -238,8 +276,8 @@ class _HalvesAgree:
         weights = {name: layer.weight_shape for name, layer in layers.items()}
         self._costs = {name: weight.rank_parameters * weight.rank_step for name, weight in weights.items()}
 
-    def __call__(self, moments: AdapterMoments) -> bool:
-        if not all(moments.batch_sizes):
+    def __call__(self, moments: PathMoments) -> bool:
+        if not all((*moments.whole.batch_sizes, *moments.scaled.batch_sizes)):
             return False
         orders = [self._order(moments, half) for half in (0, 1)]
         total = sum(self._costs[component.layer] for component in orders[0])
@@ -250,9 +288,11 @@ class _HalvesAgree:
                 return False
         return True
 
-    def _order(self, moments: AdapterMoments, half: int) -> list[Component]:
+    def _order(self, moments: PathMoments, half: int) -> list[Component]:
         values = {}
         for name, basis in self._bases.items():
-            saliencies = np.square(_gates(basis, moments, name, half).sum(1)).mean(0)
-            values[name] = priorities(saliencies, np.square(basis.singular_values).sum(0)).tolist()
+            saliencies = np.square(gates_of(basis, moments, name, half).sum(1)).mean(0) / 2
+            gains = gains_of(basis, moments, name, half)
+            assert gains is not None
+            values[name] = priorities(saliencies, np.square(basis.singular_values).sum(0), gains.sum(0)).tolist()
         return order_of_components(values, self._costs)

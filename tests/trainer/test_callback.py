@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from fim_lora import FimCompressionCallback, compress_lora
 from fim_lora.adapter.plain_adapter import plain_adapters
+from fim_lora.fisher.factors import PathMoments
 from fim_lora.spectrum import adapted_layers, checked_layers, spectrum_of
 from helpers.adapters import hooks_of, logits, ranks_in
 from helpers.tiny_models import llama
@@ -125,7 +126,7 @@ def test_an_example_of_dpo_is_a_pair(tmp_path):
     )
     layers = checked_layers(reference, "default")
     adapted = adapted_layers(reference, layers, "default")
-    spectrum = spectrum_of(adapted, plain_adapters(layers, "default"), moments, "default")
+    spectrum = spectrum_of(adapted, plain_adapters(layers, "default"), PathMoments.without_scaled(moments), "default")
     assert compress_lora(reference, spectrum, r=NARROW).ranks == callback.compression.ranks
     assert callback.compression.criterion == "Fisher information of 4 examples in 2 batches"
 

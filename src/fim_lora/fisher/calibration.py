@@ -48,6 +48,7 @@ def calibrate(
     loss_communicates: bool = False,
     sequences_per_example: int = 1,
     enough: Callable[[Any], bool] | None = None,
+    before_batch: Callable[[int], None] | None = None,
 ) -> Result:
     """Collect a statistic of `layers` over some batches, in eval mode.
 
@@ -74,6 +75,7 @@ def calibrate(
             the rejected ones.
         enough: Function of the statistic over the examples of all processes, which is asked after 2, 4, 8, 16, …
             batches whether they are enough. `num_batches` is then only the limit, and the dataloader may have fewer.
+        before_batch: Called before the passes of each batch, with its number among the batches of all processes.
 
     Returns:
         The result of the statistic.
@@ -112,9 +114,11 @@ def calibrate(
         tqdm(total=num_batches, desc="eFIM", unit="batch", disable=not show_progress_bar) as progress,
     ):
         turns = enumerate(batches_in_lockstep(dataloader, num_batches, with_stand_ins=in_lockstep))
-        for turn, (batch, is_own) in turns:
+        for turn, (batch, is_own, number) in turns:
             if enough is not None and _is_power_of_two(turn) and enough(recorder.merged_statistic()):
                 break
+            if before_batch is not None:
+                before_batch(number)
             if in_lockstep:
                 run(batch, is_own)
             else:

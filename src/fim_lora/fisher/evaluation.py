@@ -51,7 +51,7 @@ def mean_loss(
     length = length_hint(dataloader) or None  # a dataloader over a stream has no length
     progress_bar = tqdm(total=length, desc="loss", unit="batch", disable=not show_progress_bar)
     with eval_mode(model), torch.no_grad(), progress_bar as progress:
-        for batch, is_own in batches_in_lockstep(dataloader, None, with_stand_ins=in_lockstep):
+        for batch, is_own, _ in batches_in_lockstep(dataloader, None, with_stand_ins=in_lockstep):
             if in_lockstep:
                 run(batch, is_own)
             else:

@@ -27,6 +27,10 @@ from .statistic import BatchRows
 Array = npt.NDArray[Any]
 
 
+PATH_SCALE = 0.25
+"""The part of the adapter's scaling with which every second calibration batch runs; see `PathMoments`."""
+
+
 class MeasuredLayer(NamedTuple):
     """The moments of one layer in one batch, on its device; the loss is the mean of `num_loss_terms` terms."""
 
@@ -163,16 +167,86 @@ class AdapterMoments:
         Raises:
             RuntimeError: If no batch was seen, no batch had finite gradients, or every gradient is zero.
         """
-        if self.num_batches == 0:
-            raise RuntimeError("No calibration batch was seen: run forward and backward passes first.")
-        require_usable_batches(self.num_batches, self.num_skipped_batches)
-        if not any(np.any(core) for name in self.shapes for core in self.of(name).core_gradients):
-            raise RuntimeError(
-                "The gradient of every component is exactly zero: the adapter is untrained (its B is zero), or the "
-                f"loss does not depend on it. {CAUSES_OF_NO_GRADIENT}"
-            )
-        _warn(self)
+        require_usable(self)
         return self
+
+
+@dataclass
+class PathMoments:
+    """Moments from batches in turn: with the adapter as it is, and with a part of its scaling. A `Statistic`.
+
+    Attributes:
+        whole: Moments with the adapter as it is.
+        scaled: Moments with the scaling multiplied by `PATH_SCALE`.
+        is_scaled: Whether the present batch is one of the second kind.
+    """
+
+    whole: AdapterMoments
+    scaled: AdapterMoments
+    is_scaled: bool = False
+
+    @classmethod
+    def for_layers(cls, shapes: Mapping[str, tuple[int, int]]) -> PathMoments:
+        """No moments yet, for layers with these numbers of parts and ranks."""
+        return cls(AdapterMoments.for_layers(shapes), AdapterMoments.for_layers(shapes))
+
+    @classmethod
+    def without_scaled(cls, whole: AdapterMoments) -> PathMoments:
+        """Moments with the adapter as it is alone."""
+        return cls(whole, AdapterMoments.for_layers(whole.shapes))
+
+    @property
+    def num_batches(self) -> int:
+        """Batches seen."""
+        return self.whole.num_batches + self.scaled.num_batches
+
+    @property
+    def num_skipped_batches(self) -> int:
+        """Batches left out, because the loss or a gradient was not finite."""
+        return self.whole.num_skipped_batches + self.scaled.num_skipped_batches
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the batches that were used."""
+        return self.whole.num_examples + self.scaled.num_examples
+
+    @property
+    def terms_per_example(self) -> float:
+        """Mean number of loss terms of an example."""
+        return (self.whole.num_loss_terms + self.scaled.num_loss_terms) / self.num_examples
+
+    def measure(self, layer: TargetLayer, calls: Sequence[LayerCall], rows: BatchRows) -> MeasuredLayer:
+        """The moments of one layer in the present batch."""
+        return (self.scaled if self.is_scaled else self.whole).measure(layer, calls, rows)
+
+    def add(self, measured: Mapping[str, MeasuredLayer], batch_size: int | None, loss: Tensor | None) -> None:
+        """Add the present batch; see `AdapterMoments.add`."""
+        (self.scaled if self.is_scaled else self.whole).add(measured, batch_size, loss)
+
+    def merge(self, others: Sequence[PathMoments]) -> PathMoments:
+        """The moments over the batches of all processes."""
+        whole, scaled = ([getattr(one, kind) for one in others] for kind in ("whole", "scaled"))
+        return PathMoments(self.whole.merge(whole), self.scaled.merge(scaled))
+
+    def result(self, layers: Mapping[str, TargetLayer]) -> PathMoments:
+        """The moments themselves; see `AdapterMoments.result`. Batches with the adapter as it is are needed."""
+        if self.whole.num_batches:
+            require_usable_batches(self.whole.num_batches, self.whole.num_skipped_batches)
+        require_usable(self.whole.merge([self.scaled]))
+        return self
+
+
+def require_usable(moments: AdapterMoments) -> None:
+    """Raise `RuntimeError` for moments that say nothing; warn of what the user can act on."""
+    if moments.num_batches == 0:
+        raise RuntimeError("No calibration batch was seen: run forward and backward passes first.")
+    require_usable_batches(moments.num_batches, moments.num_skipped_batches)
+    if not any(np.any(core) for name in moments.shapes for core in moments.of(name).core_gradients):
+        raise RuntimeError(
+            "The gradient of every component is exactly zero: the adapter is untrained (its B is zero), or the "
+            f"loss does not depend on it. {CAUSES_OF_NO_GRADIENT}"
+        )
+    _warn(moments)
 
 
 def _no_moments(shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerMoments]:
@@ -193,13 +267,13 @@ def _to_host(layer: MeasuredLayer) -> tuple[Array, Array, Array]:
 
 
 def _warn(moments: AdapterMoments) -> None:
-    warn_of_skipped_batches(moments.num_batches, moments.num_skipped_batches, stacklevel=6)
-    warn_of_unattributed_layers(moments.unattributed, "saliencies", stacklevel=6)
+    warn_of_skipped_batches(moments.num_batches, moments.num_skipped_batches, stacklevel=7)
+    warn_of_unattributed_layers(moments.unattributed, "saliencies", stacklevel=7)
     warn_of_unreached_layers(
         moments.shapes,
         moments.reached,
         "layers",
         ", so the criterion drops their adapters first",
         "Calibrate with data that reaches them, or leave them out of the adapter.",
-        stacklevel=6,
+        stacklevel=7,
     )

@@ -69,9 +69,11 @@ class LayerSpectrum:
         fingerprint: Of the layer's A, B and scaling.
         left: Columns of the components (P × k × k): the new B of a part is `B · left`.
         right: Rows of the components (P × k × k): the new A of a part is `right · A`.
-        gates: Gradients of gates on the components (N × k), one row for each calibration example, divided by the root
-            of the mean number of loss terms of an example; `None` without data.
+        gates: Gradients of gates on the components (N × k), one row for each example of the batches that ran with the
+            adapter as it is, divided by the root of the mean number of loss terms of an example; `None` without data.
         squared_norms: `‖ΔW_j‖²_F` of every component (k), summed over the parts.
+        gains: How much the loss falls, per gate, as component j grows where the adapter has a quarter of its scaling
+            (k): minus the mean gradient of its gate there, in units of the loss. `None` without such batches.
     """
 
     shape: tuple[int, int]
@@ -83,6 +85,7 @@ class LayerSpectrum:
     right: Array
     gates: Array | None
     squared_norms: Array
+    gains: Array | None = None
 
     @property
     def num_components(self) -> int:
@@ -111,8 +114,8 @@ class LayerSpectrum:
 
     @cached_property
     def priorities(self) -> list[float]:
-        """What the components are ordered by, from their saliencies and norms; see `truncation.priorities`."""
-        return [float(value) for value in priorities(self.saliencies, self.squared_norms)]
+        """What the components are ordered by, in units of the loss if there are gains; see `truncation.priorities`."""
+        return [float(value) for value in priorities(self.saliencies, self.squared_norms, self.gains)]
 
     @property
     def standard_errors(self) -> list[float] | None:
@@ -132,6 +135,7 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         num_batches: Number of calibration batches; 0 without data.
         num_skipped_batches: How many of them were skipped, because the loss or a gradient was not finite.
         num_examples: Calibration examples; 0 without data.
+        num_scaled_examples: How many of them are of the batches that ran with a quarter of the adapter's scaling.
         terms_per_example: Mean number of terms of the loss in an example: tokens with a label for a language model, 1
             for a classifier.
     """
@@ -144,6 +148,7 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         num_skipped_batches: int = 0,
         num_examples: int = 0,
         terms_per_example: float = 1.0,
+        num_scaled_examples: int = 0,
     ) -> None:
         self._layers = dict(layers)
         self.adapter_name = adapter_name
@@ -151,6 +156,7 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         self.num_skipped_batches = num_skipped_batches
         self.num_examples = num_examples
         self.terms_per_example = terms_per_example
+        self.num_scaled_examples = num_scaled_examples
 
     def __getitem__(self, name: str) -> LayerSpectrum:
         return self._layers[name]
@@ -226,7 +232,7 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         """
         if not self.with_data:
             return None
-        total = np.zeros(self.num_examples)
+        total = np.zeros(self.num_examples - self.num_scaled_examples)
         for name, layer in self.items():
             dropped = sorted(set(range(layer.num_components)).difference(kept[name]))
             if dropped and layer.gates is not None:
@@ -260,6 +266,7 @@ class Spectrum(Mapping[str, LayerSpectrum]):
             "num_batches": self.num_batches,
             "num_skipped_batches": self.num_skipped_batches,
             "num_examples": self.num_examples,
+            "num_scaled_examples": self.num_scaled_examples,
             "terms_per_example": self.terms_per_example,
             "layers": {name: _layer_to_dict(layer) for name, layer in self.items()},
         }
@@ -271,20 +278,20 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         Raises `KeyError` if a field is missing, `TypeError` or `AttributeError` if a value has the wrong type,
         `ValueError` if a value is out of its range or sizes do not fit, and `OverflowError` for too large integers.
         """
-        batches, skipped, examples = (
-            require_integer(content[key], 0) for key in ("num_batches", "num_skipped_batches", "num_examples")
-        )
-        if (batches > 0) != (examples > 0):
-            raise ValueError("num_batches and num_examples do not fit")
+        counts = ("num_batches", "num_skipped_batches", "num_examples", "num_scaled_examples")
+        batches, skipped, examples, scaled = (require_integer(content[key], 0) for key in counts)
+        if (batches > 0) != (examples > 0) or (scaled > 0 and scaled >= examples):
+            raise ValueError("num_batches, num_examples and num_scaled_examples do not fit")
         layers = {
-            require_layer_name(name): _layer_from_dict(layer, examples) for name, layer in content["layers"].items()
+            require_layer_name(name): _layer_from_dict(layer, examples - scaled, scaled > 0)
+            for name, layer in content["layers"].items()
         }
         if not layers:
             raise ValueError("there are no layers")
         terms = require_number(content["terms_per_example"])
         if terms <= 0:
             raise ValueError(f"terms_per_example is {terms}, not positive")
-        return cls(layers, require_layer_name(content["adapter_name"]), batches, skipped, examples, terms)
+        return cls(layers, require_layer_name(content["adapter_name"]), batches, skipped, examples, terms, scaled)
 
     def save(self, path: str | PathLike[str], **provenance: Any) -> None:
         """Write the spectrum as JSON, completely or not at all. Raises `OSError` if that fails.
@@ -356,10 +363,11 @@ def _layer_to_dict(layer: LayerSpectrum) -> dict[str, Any]:
         "right": _encode(layer.right),
         "gates": None if layer.gates is None else _encode(layer.gates),
         "squared_norms": _encode(layer.squared_norms),
+        "gains": None if layer.gains is None else _encode(layer.gains),
     }
 
 
-def _layer_from_dict(content: Mapping[str, Any], examples: int) -> LayerSpectrum:
+def _layer_from_dict(content: Mapping[str, Any], examples: int, has_gains: bool) -> LayerSpectrum:
     d_out, d_in = content["shape"]
     parts, size = (require_integer(content[key], 1) for key in ("num_parts", "num_components"))
     fingerprint = content["fingerprint"]
@@ -370,6 +378,8 @@ def _layer_from_dict(content: Mapping[str, Any], examples: int) -> LayerSpectrum
         raise ValueError("a squared norm is negative")
     if (content["gates"] is None) != (examples == 0):
         raise ValueError("gates and num_examples do not fit")
+    if (content["gains"] is None) == has_gains:
+        raise ValueError("gains and num_scaled_examples do not fit")
     return LayerSpectrum(
         shape=(require_integer(d_out, 1), require_integer(d_in, 1)),
         parameters_per_rank=require_integer(content["parameters_per_rank"], 1),
@@ -380,6 +390,7 @@ def _layer_from_dict(content: Mapping[str, Any], examples: int) -> LayerSpectrum
         right=_decode(content["right"], (parts, size, size)),
         gates=None if examples == 0 else _decode(content["gates"], (examples, size)),
         squared_norms=squared_norms,
+        gains=_decode(content["gains"], (size,)) if has_gains else None,
     )
 
 

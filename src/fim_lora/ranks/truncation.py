@@ -25,14 +25,23 @@ Kept = dict[str, list[int]]
 """Layer name to the numbers of its kept components, in rising order; an empty list for a layer without any."""
 
 
-def priorities(saliencies: ArrayLike, squared_norms: ArrayLike) -> Array:
-    """What components are ordered by: the geometric mean of their saliency and of their squared norm, `‖ΔW_j‖²_F`.
+def priorities(saliencies: ArrayLike, squared_norms: ArrayLike, gains: ArrayLike | None = None) -> Array:
+    """What components are ordered by: the sum of gain and saliency.
 
-    The saliency predicts the effect on the loss, but only near the trained adapter. The norm measures how far a cut
-    moves the weights; PARA (arXiv:2604.27796) uses it alone. `benchmarks/compression.py` compares them. Without data
-    the saliency is the squared norm.
+    It is the loss that a component saves, to second order. The second-order term is that of Optimal Brain Damage at
+    the trained adapter. The first-order term says nothing there, where training has brought the mean gradient to zero.
+    It is measured where the adapter has a part of its scaling instead, as in an integral of the gradient along the
+    path from the base model to the trained one (Sundararajan et al. 2017, Integrated Gradients, equation 1): cutting
+    deep leads there.
+
+    Without gains, the geometric mean of the saliency and of the squared norm `‖ΔW_j‖²_F`. The norm, which PARA
+    (arXiv:2604.27796) uses alone, measures how far a cut moves the weights. `benchmarks/compression.py` compares all
+    of these. Without data the saliency is the squared norm.
     """
-    return np.sqrt(np.asarray(saliencies, np.float64) * np.asarray(squared_norms, np.float64))
+    saliencies = np.asarray(saliencies, np.float64)
+    if gains is None:
+        return np.sqrt(saliencies * np.asarray(squared_norms, np.float64))
+    return saliencies + np.asarray(gains, np.float64)
 
 
 def order_of_components(

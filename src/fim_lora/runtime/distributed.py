@@ -71,16 +71,17 @@ def run_on_all(function: Callable[[], T]) -> T:
 
 def batches_in_lockstep(
     dataloader: Iterable[Any], limit: int | None, with_stand_ins: bool
-) -> Iterator[tuple[Any, bool]]:
+) -> Iterator[tuple[Any, bool, int]]:
     """Yield up to `limit` batches of this process, in as many turns as the process with the most batches has.
 
-    Without a limit (`None`) these are all batches. Each item is a batch and whether it belongs to this process. In a
-    turn without its own batch, a process gets `None`; with `with_stand_ins` it gets the batch of another process,
-    which is needed if all processes must take part in each pass through the model. Errors of a dataloader are raised
-    as in `gather_from_all`.
+    Without a limit (`None`) these are all batches. Each item is a batch, whether it belongs to this process, and its
+    number among the batches of all processes. In a turn without its own batch, a process gets `None`; with
+    `with_stand_ins` it gets the batch of another process, which is needed if all processes must take part in each pass
+    through the model. Errors of a dataloader are raised as in `gather_from_all`.
     """
     batches: Iterator[Any] | None = None
     batch: Any = None
+    number = 0
 
     def fetch() -> bool:
         nonlocal batches, batch
@@ -93,7 +94,8 @@ def batches_in_lockstep(
         if with_stand_ins and not all(have_batch):
             stand_in = _from_process(have_batch.index(True), batch)
             batch = batch if own else stand_in
-        yield (batch if own or with_stand_ins else None), own
+        yield (batch if own or with_stand_ins else None), own, number + sum(have_batch[: process_number()])
+        number += sum(have_batch)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ..adapter.factors import weights_of
 from ..adapter.pending_config import lora_config_of
 from ..adapter.plain_adapter import plain_adapters
 from ..compression import LoraCompression, compress_lora
-from ..fisher.factors import AdapterMoments, MeasuredLayer
+from ..fisher.factors import AdapterMoments, MeasuredLayer, PathMoments
 from ..fisher.layers.components import AdaptedLayer
 from ..fisher.recorder import Recorder
 from ..runtime.data_parallel import DataParallelFinder, rebuild_reducer
@@ -123,7 +123,7 @@ class WidePhase:
         For what it raises see `AdapterMoments.result` and `compress_lora`.
         """
         self.stop()
-        moments, name = self._recorder.result(), self.settings.adapter_name
+        moments, name = PathMoments.without_scaled(self._recorder.result()), self.settings.adapter_name
         spectrum = spectrum_of(self._adapted, plain_adapters(self._layers, name), moments, name)
         compression = compress_lora(self._model, spectrum, r=self.settings.r, optimizer=self._optimizer)
         if self._finder is not None and self._finder.found is not None:
