@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -51,6 +52,9 @@ def assert_same_spectrum(found, expected, rtol=1e-4):
             found[name].saliencies, layer.saliencies, rtol=rtol, atol=1e-5 * scale, err_msg=name
         )
         np.testing.assert_allclose(found[name].squared_norms, layer.squared_norms, rtol=10 * rtol, atol=1e-5)
+        np.testing.assert_allclose(
+            found[name].gains, layer.gains, rtol=rtol, atol=1e-4 * max(map(abs, layer.gains)), err_msg=name
+        )
     for share in (0.5, 0.2):
         kept = expected.keep(int(share * expected.num_parameters))
         assert found.predict(kept) == pytest.approx(expected.predict(kept), rel=10 * rtol)
@@ -99,13 +103,8 @@ def test_shapes_and_costs_are_those_of_peft():
 # --- With data ---
 
 
-def dense_truth(model, data):
-    """Layer name to saliencies, dense components, and gradients of their gates, without anything of size r × r.
-
-    The metric is `Σ g gᵀ` and `Σ x xᵀ`, damped by the identity. The gate of a component D has the gradient
-    `⟨G_t, D⟩`, with `G_t` the gradient of the summed loss of example t with respect to the weight.
-    """
-    model = in_float64(model)
+def weight_gradients(model, data):
+    """Layer name to the gradients of its weight, one for each example, and to the sums `Σ x xᵀ` and `Σ g gᵀ`."""
     layers = lora_layers(model)
     weights = {name: layer.get_base_layer().weight.requires_grad_() for name, layer in layers.items()}
     gradients = {name: [] for name in layers}
@@ -122,8 +121,46 @@ def dense_truth(model, data):
             for x, y in seen[name]:
                 inputs[name] = inputs[name] + x.detach().flatten(0, 1).T @ x.detach().flatten(0, 1)
                 outputs[name] = outputs[name] + y.grad.flatten(0, 1).T @ y.grad.flatten(0, 1)
+    return {name: torch.stack(found) for name, found in gradients.items()}, inputs, outputs
+
+
+class Truth(NamedTuple):
+    """Of one layer: dense components, gradients of their gates for every example, and their gains."""
+
+    components: torch.Tensor
+    gates: torch.Tensor
+    gains: torch.Tensor
+
+    @property
+    def values(self):
+        """Half the mean squared gradient of the gate, per loss term, and the gain."""
+        return self.gates.square().mean(0) / 2 / TERMS + self.gains
+
+    @property
+    def order(self):
+        return self.values.argsort(descending=True)
+
+
+SIZES = (4, 2, 5, 3)
+WHOLE = SIZES[0] + SIZES[2]
+TERMS = 90 / 14  # labels per example
+
+
+def dense_truth(model, data):
+    """Layer name to its truth, without anything of size r × r.
+
+    The metric is `Σ g gᵀ` and `Σ x xᵀ`, damped by the identity. The gate of a component D has the gradient
+    `⟨G_t, D⟩`, with `G_t` the gradient of the summed loss of example t with respect to the weight. Every second batch
+    is seen by a model whose adapter has a quarter of its scaling.
+    """
+    model = in_float64(model)
+    gradients, inputs, outputs = weight_gradients(model, data[::2])
+    scaled = in_float64(model)
+    for layer in lora_layers(scaled).values():
+        layer.scaling["default"] /= 4
+    gradients_when_scaled, _, _ = weight_gradients(scaled, data[1::2])
     truth = {}
-    for name, layer in layers.items():
+    for name, layer in lora_layers(model).items():
         ((a, b),) = matrices_of(layer)
         b = layer.scaling["default"] * b
         metrics = [
@@ -135,7 +172,10 @@ def dense_truth(model, data):
         rank = len(a)
         left, right = torch.linalg.inv(roots[0]) @ u[:, :rank], vt[:rank] @ torch.linalg.inv(roots[1])
         components = torch.einsum("ok,k,ki->koi", left, values[:rank], right)
-        truth[name] = components, torch.einsum("toi,koi->tk", torch.stack(gradients[name]), components)
+        gates, when_scaled = (
+            torch.einsum("toi,koi->tk", one[name], components) for one in (gradients, gradients_when_scaled)
+        )
+        truth[name] = Truth(components, gates, -when_scaled.mean(0) / TERMS)
     return truth
 
 
@@ -147,54 +187,80 @@ def root_of(metric):
 @pytest.fixture(scope="module")
 def measured():
     """A model in float32, its spectrum, and the dense truth in float64."""
-    data = [without_first_label(token_batch(size, 10, seed=seed)) for seed, size in enumerate((4, 2, 5))]
+    data = [without_first_label(token_batch(size, 10, seed=seed)) for seed, size in enumerate(SIZES)]
+    assert sum(int((batch["labels"] != -100).sum()) for batch in data) == round(TERMS * sum(SIZES))
     model = trained(llama(), alpha_pattern={"v_proj": 9})
     return model, spectrum_of(model, data), dense_truth(model, data), data
 
 
-def order_of(components, gates):
-    """By the geometric mean of the saliency and of the squared norm of each component."""
-    norms = components.square().sum((1, 2))
-    return (gates.square().mean(0) * norms).argsort(descending=True)
-
-
 def test_components_are_those_of_the_dense_decomposition_in_the_metric_of_the_fisher_information(measured):
     model, spectrum, truth, _ = measured
-    for name, (components, gates) in truth.items():
-        order = order_of(components, gates).tolist()
+    for name, true in truth.items():
         layer = lora_layers(model)[name]
-        for number, place in enumerate(order):
+        for number, place in enumerate(true.order.tolist()):
             (found,) = components_of(layer, spectrum[name], [number])
-            expected = components[place]
+            expected = true.components[place]
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_saliencies_are_half_the_squared_gradients_of_gates_per_loss_term(measured):
-    _, spectrum, truth, data = measured
-    terms = sum(int((batch["labels"] != -100).sum()) for batch in data) / 11
-    assert spectrum.terms_per_example == terms
-    assert (spectrum.num_batches, spectrum.num_examples, spectrum.num_skipped_batches) == (3, 11, 0)
-    for name, (components, gates) in truth.items():
-        by_example = (gates.square() / terms / 2)[:, order_of(components, gates)]
+    _, spectrum, truth, _ = measured
+    assert spectrum.terms_per_example == TERMS
+    assert (spectrum.num_batches, spectrum.num_examples, spectrum.num_skipped_batches) == (4, sum(SIZES), 0)
+    assert spectrum.num_scaled_examples == sum(SIZES) - WHOLE
+    for name, true in truth.items():
+        by_example = (true.gates.square() / TERMS / 2)[:, true.order]
         np.testing.assert_allclose(spectrum[name].saliencies, by_example.mean(0), rtol=1e-3)
-        errors = by_example.std(0) / math.sqrt(11)
+        errors = by_example.std(0) / math.sqrt(WHOLE)
         np.testing.assert_allclose(spectrum[name].standard_errors, errors, rtol=2e-3)
+
+
+def test_gains_are_the_mean_gradients_of_gates_where_the_adapter_has_a_quarter_of_its_scaling(measured):
+    _, spectrum, truth, _ = measured
+    for name, true in truth.items():
+        gains = true.gains[true.order].numpy()
+        np.testing.assert_allclose(spectrum[name].gains, gains, rtol=1e-3, atol=1e-4 * abs(gains).max())
+        np.testing.assert_allclose(spectrum[name].priorities, true.values[true.order], rtol=1e-3, atol=1e-5)
+
+
+def test_one_batch_gives_no_gains_and_the_order_by_saliencies_and_norms():
+    spectrum = spectrum_of(trained(llama()), lm_batches(1))
+    assert (spectrum.num_batches, spectrum.num_scaled_examples) == (1, 0)
+    for layer in spectrum.values():
+        assert layer.gains is None
+        expected = np.sqrt(np.multiply(layer.saliencies, layer.squared_norms))
+        np.testing.assert_allclose(layer.priorities, expected, rtol=1e-6)
+        assert layer.priorities == sorted(layer.priorities, reverse=True)
+
+
+def test_the_scaling_is_restored_also_after_an_exception():
+    model = trained(llama())
+    seen = []
+
+    def failing(model, batch):
+        seen.append({layer.scaling["default"] for layer in lora_layers(model).values()})
+        if len(seen) == 4:
+            raise KeyError("four")
+        return model(**batch).loss
+
+    with pytest.raises(KeyError, match="four"):
+        spectrum_of(model, lm_batches(5), forward_fn=failing)
+    assert seen == [{1.5}, {0.375}, {1.5}, {0.375}]
+    assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {1.5}
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.2, 0.0])
 def test_the_predicted_increase_is_the_second_order_expansion(measured, share):
     _, spectrum, truth, _ = measured
     kept = spectrum.keep(int(share * spectrum.num_parameters))
-    total = torch.zeros(11, dtype=torch.float64)
-    for name, (components, gates) in truth.items():
-        order = order_of(components, gates)
-        dropped = [order[number] for number in range(len(order)) if number not in kept[name]]
-        total += gates[:, dropped].sum(1)
-    terms = spectrum.terms_per_example
-    by_example = total**2 / 2 / terms - total / terms
+    total = torch.zeros(WHOLE, dtype=torch.float64)
+    for name, true in truth.items():
+        dropped = [place for number, place in enumerate(true.order) if number not in kept[name]]
+        total += true.gates[:, dropped].sum(1)
+    by_example = total**2 / 2 / TERMS - total / TERMS
     prediction = spectrum.predict(kept)
     assert prediction.increase == pytest.approx(by_example.mean().item(), rel=1e-3, abs=1e-6)
-    assert prediction.standard_error == pytest.approx((by_example.std() / math.sqrt(11)).item(), rel=1e-3)
+    assert prediction.standard_error == pytest.approx((by_example.std() / math.sqrt(WHOLE)).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.2, 0.05])
@@ -202,14 +268,15 @@ def test_the_largest_values_per_parameter_are_kept(measured, share):
     """A component of larger value than one that is kept is dropped only if there was no room for it."""
     _, spectrum, truth, _ = measured
     values = {}
-    for name, (components, gates) in truth.items():
-        both = (gates.square().mean(0) * components.square().sum((1, 2))).sqrt() / spectrum.costs[name]
-        values |= {(name, number): value for number, value in enumerate(both.sort(descending=True).values.tolist())}
+    for name, true in truth.items():
+        per_parameter = (true.values / spectrum.costs[name]).sort(descending=True).values
+        values |= {(name, number): value for number, value in enumerate(per_parameter.tolist())}
     budget = int(share * spectrum.num_parameters)
     kept = {(name, number) for name, numbers in spectrum.keep(budget).items() for number in numbers}
     assert kept
     for component, value in values.items():
-        if component not in kept and value > 1.001 * min(values[one] for one in kept):
+        lowest = min(values[one] for one in kept)
+        if component not in kept and value > lowest + 1e-3 * abs(lowest):
             before = sum(spectrum.costs[one[0]] for one in kept if values[one] > value)
             assert before + spectrum.costs[component[0]] > budget
 
@@ -315,10 +382,10 @@ def test_small_cuts_cost_what_was_predicted():
     increases = []
     for share in (7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8):
         copied = copy.deepcopy(model)
-        result = compress_lora(copied, spectrum, keep=share, eval_dataloader=data, show_progress_bar=False)
+        # On the same examples, only two errors are left: that of the Fisher information of N = 4096 examples, about
+        # N^-½ = 2 %, against the Hessian, and the higher orders, which grow with the increase.
+        result = compress_lora(copied, spectrum, keep=share, eval_dataloader=data[::2], show_progress_bar=False)
         increases.append(result.loss_increase)
-        # On the same examples, only two errors are left: that of the Fisher information of N = 8192 examples, about
-        # N^-½ = 1 %, against the Hessian, and the higher orders, which grow with the increase.
         assert result.loss_increase == pytest.approx(result.predicted.increase, rel=0.15)
     assert increases == sorted(increases)
     assert increases[-1] > 100 * increases[0] > 0
@@ -350,7 +417,7 @@ def counted(model, data, **options):
 def test_batches_are_read_until_two_halves_agree():
     model = trained(llama(1))
     same = [token_batch(2, 8, seed=0)] * 20
-    assert counted(model, same).num_batches == 2
+    assert counted(model, same).num_batches == 4  # two for each half, as it is and scaled
     alternating = [token_batch(2, 8, seed=seed) for seed in range(200)]
     spectrum = counted(model, alternating)
     assert spectrum.num_batches in (4, 8, 16, 32, MAX_BATCHES)
@@ -361,7 +428,7 @@ def test_batches_are_read_until_two_halves_agree():
 
 def test_halves_that_never_agree_end_at_the_limit():
     class Two(nn.Module):
-        """Even batches depend on one layer only, odd batches on the other."""
+        """The batches of one half depend on one layer only, those of the other half on the other."""
 
         def __init__(self):
             super().__init__()
@@ -375,7 +442,8 @@ def test_halves_that_never_agree_end_at_the_limit():
     model = trained(Two(), target_modules=["one", "two"])
     generator = torch.Generator().manual_seed(0)
     data = [
-        {"x": torch.randn(2, 6, generator=generator), "which": torch.tensor([number % 2, 0])} for number in range(100)
+        {"x": torch.randn(2, 6, generator=generator), "which": torch.tensor([number // 2 % 2, 0])}
+        for number in range(100)
     ]
     assert counted(model, data).num_batches == MAX_BATCHES
 
@@ -424,8 +492,9 @@ def test_autocast():
     found = spectrum_of(model, forward_fn=under_autocast(torch.bfloat16))
     for name, layer in exact.items():
         # The noise of a forward and backward pass in bfloat16.
+        largest = max(layer.saliencies)
         np.testing.assert_allclose(
-            found[name].saliencies, layer.saliencies, rtol=0.15, atol=0.02 * layer.saliencies[0]
+            sorted(found[name].saliencies), sorted(layer.saliencies), rtol=0.15, atol=0.03 * largest
         )
     with torch.autocast("cpu", torch.bfloat16):
         around = spectrum_of(model)
@@ -437,7 +506,10 @@ def test_float32_adapters_in_a_bfloat16_model():
     assert {layer.lora_A["default"].weight.dtype for layer in lora_layers(model).values()} == {torch.float32}
     found, exact = spectrum_of(model), spectrum_of(trained(llama()))
     for name, layer in exact.items():
-        np.testing.assert_allclose(found[name].saliencies, layer.saliencies, rtol=0.2, atol=0.03 * layer.saliencies[0])
+        largest = max(layer.saliencies)
+        np.testing.assert_allclose(
+            sorted(found[name].saliencies), sorted(layer.saliencies), rtol=0.2, atol=0.03 * largest
+        )
     # The weights are the same, so the components without data are.
     assert get_lora_spectrum(model, None) == get_lora_spectrum(trained(llama()), None)
 

@@ -176,7 +176,7 @@ def test_an_adapter_that_transformers_injected(tmp_path):
     model = llama()
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     fill(model)
-    result = compressed(model.eval(), 0.4)
+    result = compressed(model.eval(), 0.2)
     assert result.dropped_layers
     model.save_pretrained(tmp_path)
     again = llama()

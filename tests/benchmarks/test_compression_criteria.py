@@ -11,9 +11,7 @@ from compression_report import TRAINED_AT_SIZE, format_report, summary
 from fim_lora import get_lora_spectrum
 from fim_lora.adapter.plain_adapter import plain_adapters
 from fim_lora.adapter.truncate import core_map
-from fim_lora.fisher.calibration import calibrate
-from fim_lora.fisher.factors import AdapterMoments
-from fim_lora.spectrum import adapted_layers, checked_layers
+from fim_lora.spectrum import adapted_layers, checked_layers, path_moments
 from helpers.tiny_models import llama, lm_batches
 
 SIZES = (2, 4)
@@ -27,8 +25,7 @@ def measured():
     batches = lm_batches()
     layers = checked_layers(model, "default")
     adapted, plain = adapted_layers(model, layers, "default"), plain_adapters(layers, "default")
-    statistic = AdapterMoments.for_layers({name: one.shape for name, one in plain.items()})
-    moments = calibrate(model, adapted, statistic, batches, len(batches), show_progress_bar=False)
+    moments = path_moments(model, adapted, plain, batches, "default", len(batches), show_progress_bar=False)
     costs = {name: layer.weight_shape.rank_parameters for name, layer in adapted.items()}
     spectrum = get_lora_spectrum(model, batches, num_batches=len(batches), show_progress_bar=False)
     return model, layers, Adapter(plain, moments, costs), spectrum

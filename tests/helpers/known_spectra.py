@@ -10,7 +10,7 @@ LAYERS = {"layers.0.q_proj": (4, 1, 3), "layers.0.conv": (6, 2, 2), "layers.1.q_
 EXAMPLES = 8
 
 
-def layer_spectrum(place, parameters_per_rank, rank_step, size, examples=EXAMPLES):
+def layer_spectrum(place, parameters_per_rank, rank_step, size, examples=EXAMPLES, scaled=0):
     random = np.random.default_rng(place)
     parts = rank_step
     return LayerSpectrum(
@@ -23,12 +23,15 @@ def layer_spectrum(place, parameters_per_rank, rank_step, size, examples=EXAMPLE
         right=random.normal(size=(parts, size, size)).astype(np.float32),
         gates=random.normal(size=(examples, size)).astype(np.float32) if examples else None,
         squared_norms=np.abs(random.normal(size=size)).astype(np.float32),
+        gains=random.normal(size=size).astype(np.float32) if scaled else None,
     )
 
 
-def known_spectrum(examples=EXAMPLES):
-    layers = {name: layer_spectrum(place, *numbers, examples) for place, (name, numbers) in enumerate(LAYERS.items())}
-    counts = (3, 1, examples, 5.5) if examples else ()
+def known_spectrum(examples=EXAMPLES, scaled=0):
+    layers = {
+        name: layer_spectrum(place, *numbers, examples, scaled) for place, (name, numbers) in enumerate(LAYERS.items())
+    }
+    counts = (3, 1, examples + scaled, 5.5, scaled) if examples else ()
     return LoraSpectrum(layers, "default", *counts)
 
 

@@ -10,8 +10,9 @@ from torch.func import functional_call
 
 from fim_lora.adapter.plain_adapter import plain_adapters
 from fim_lora.fisher.calibration import calibrate
-from fim_lora.fisher.factors import AdapterMoments
+from fim_lora.fisher.factors import AdapterMoments, PathMoments
 from fim_lora.spectrum import adapted_layers, checked_layers, get_lora_spectrum
+from fim_lora.spectrum import spectrum_of as measured_spectrum
 from helpers.tiny_models import lm_batches, sum_of_losses
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -50,6 +51,14 @@ def measured(model, batches, adapter_name="default", num_batches=None, **options
         show_progress_bar=False,
         **options,
     )
+
+
+def spectrum_by_gates(model, batches, **options):
+    """The spectrum from passes with the adapter as it is alone, as those of a training are."""
+    layers = checked_layers(model, "default")
+    moments = PathMoments.without_scaled(measured(model, batches, **options))
+    plain = plain_adapters(layers, "default")
+    return measured_spectrum(adapted_layers(model, layers, "default"), plain, moments, "default")
 
 
 def spectrum_of(model, data=None, **options):

@@ -5,10 +5,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
-from fim_lora import compress_lora, get_lora_spectrum
+from fim_lora import compress_lora
 from helpers.cli_inputs import texts, word_tokenizer
 from helpers.tiny_models import llama
-from helpers.trained_adapters import fill
+from helpers.trained_adapters import fill, spectrum_by_gates
 from helpers.trainers import NUM_EXAMPLES, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, arguments, examples
 
 WIDE, NARROW, STEPS = 8, 2, 12
@@ -107,5 +107,4 @@ def same_weights(model, other, **tolerance):
 
 def compressed_on(model, batches, r=NARROW):
     """Cut by a calibration on these batches, in place."""
-    spectrum = get_lora_spectrum(model, batches, num_batches=len(batches), show_progress_bar=False)
-    return compress_lora(model, spectrum, r=r)
+    return compress_lora(model, spectrum_by_gates(model, batches), r=r)

@@ -42,17 +42,18 @@ def place(tmp_path_factory):
 # --- What is written is read ---
 
 
-@pytest.mark.parametrize("examples", [EXAMPLES, 1, 0])
-def test_save_and_load_a_spectrum(tmp_path, examples):
-    value, path = spectrum(examples), tmp_path / "fim_spectrum.json"
+@pytest.mark.parametrize(("examples", "scaled"), [(EXAMPLES, 0), (EXAMPLES, 3), (1, 1), (0, 0)])
+def test_save_and_load_a_spectrum(tmp_path, examples, scaled):
+    value, path = spectrum(examples, scaled), tmp_path / "fim_spectrum.json"
     value.save(path, seed=3)
     again = LoraSpectrum.load(path)
     assert again == value
     assert type(again) is LoraSpectrum
     for name, layer in value.items():
-        for field in ("left", "right", "gates", "squared_norms"):
+        for field in ("left", "right", "gates", "squared_norms", "gains"):
             np.testing.assert_array_equal(getattr(again[name], field), getattr(layer, field))
         assert again[name].saliencies == layer.saliencies
+        assert again[name].priorities == layer.priorities
         assert again[name].standard_errors == layer.standard_errors
     assert str(again) == str(value) == repr(again)
     content = json.loads(path.read_text())
@@ -159,7 +160,7 @@ def numbers(*values):
 
 
 SPECTRUM_DAMAGE = [
-    (("num_batches",), 0, "num_batches and num_examples do not fit"),
+    (("num_batches",), 0, "num_batches, num_examples and num_scaled_examples do not fit"),
     (("num_examples",), 7, "an array has"),
     (("num_examples",), 2**53, "an array has"),
     (("terms_per_example",), 0.0, "terms_per_example is 0.0, not positive"),
@@ -182,6 +183,9 @@ SPECTRUM_DAMAGE = [
     (("layers", "head", "left"), lambda text: text[:-4], "damaged"),
     (("layers", "head", "left"), numbers(1, 2, float("nan"), 4), "not finite"),
     (("layers", "head", "gates"), None, "gates and num_examples do not fit"),
+    (("num_scaled_examples",), 8, "num_batches, num_examples and num_scaled_examples do not fit"),
+    (("num_scaled_examples",), -1, "damaged"),
+    (("layers", "head", "gains"), numbers(1, 2), "gains and num_scaled_examples do not fit"),
     (("layers", "head", "squared_norms"), numbers(1, -1), "a squared norm is negative"),
     (("layers", "head", "squared_norms"), numbers(1, float("inf")), "not finite"),
 ]

@@ -8,12 +8,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fim_lora import FimCompressionCallback, compress_lora
-from fim_lora.adapter.plain_adapter import plain_adapters
-from fim_lora.fisher.factors import PathMoments
-from fim_lora.spectrum import adapted_layers, checked_layers, spectrum_of
 from helpers.adapters import hooks_of, logits, ranks_in
 from helpers.tiny_models import llama
-from helpers.trained_adapters import measured
+from helpers.trained_adapters import spectrum_by_gates
 from helpers.wide_trainers import (
     CUT,
     CUT_STEP,
@@ -118,15 +115,9 @@ def test_an_example_of_dpo_is_a_pair(tmp_path):
     trainer.compute_loss = watched
     trainer.train()
     trainer.model = reference
-    moments = measured(
-        reference,
-        batches[CUT_STEP - 2 : CUT_STEP],
-        forward_fn=compute_loss,
-        sequences_per_example=2,
+    spectrum = spectrum_by_gates(
+        reference, batches[CUT_STEP - 2 : CUT_STEP], forward_fn=compute_loss, sequences_per_example=2
     )
-    layers = checked_layers(reference, "default")
-    adapted = adapted_layers(reference, layers, "default")
-    spectrum = spectrum_of(adapted, plain_adapters(layers, "default"), PathMoments.without_scaled(moments), "default")
     assert compress_lora(reference, spectrum, r=NARROW).ranks == callback.compression.ranks
     assert callback.compression.criterion == "Fisher information of 4 examples in 2 batches"
 
