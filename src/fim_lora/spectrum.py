@@ -99,10 +99,11 @@ def get_lora_spectrum(
     """What every component of a trained LoRA adapter is worth to the loss, without changing anything.
 
     The adapter of each layer is divided into the components that are best in the Fisher metric (K-FAC, damped towards
-    the plain one), and the gradient of a gate on each component gives its saliency, the predicted increase of the loss
-    when it is dropped (Optimal Brain Damage). `compress_lora` keeps the components with the largest geometric mean of
-    saliency and squared norm for their parameters. The cost is one forward pass and one backward pass with respect to
-    activations for each batch.
+    the plain one). The gradient of a gate on each component gives its saliency, the predicted increase of the loss
+    when it is dropped (Optimal Brain Damage). Every second batch runs with a quarter of the adapter's scaling. There
+    the mean gradient of the gate gives the component's gain, which deep cuts depend on. `compress_lora` keeps the
+    components with the largest sum of gain and saliency for their parameters. The cost is one forward pass and one
+    backward pass with respect to activations for each batch.
 
     Args:
         model: A model with a trained LoRA adapter, or a module that holds such a model as a part. The adapter has to
@@ -112,8 +113,9 @@ def get_lora_spectrum(
             without data, and blind to the loss.
         adapter_name: The adapter.
         num_batches: Batches to use in each process. `None` reads until the ranks by two halves of the batches agree in
-            90 % of the kept parameters at half and at a quarter of the size, asked after 2, 4, 8, … batches, but at
-            most 64 batches.
+            90 % of the kept parameters at half and at a quarter of the size, asked after 4, 8, 16, … batches, but at
+            most 64 batches. A single batch gives no gains, and the order is that of the geometric mean of saliency
+            and squared norm.
         forward_fn: See `initialize_lora_fim_ranks`.
         show_progress_bar: Whether to show a progress bar.
 
