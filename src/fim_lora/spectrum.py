@@ -23,7 +23,8 @@ from .fisher.calibration import ForwardFn, calibrate
 from .fisher.factors import PATH_SCALE, PathMoments
 from .fisher.layers.components import AdaptedLayer, adapted_layer
 from .ranks.compressed import Compression
-from .ranks.spectrum import SHOWN_SHARES, LayerSpectrum, Spectrum, size_rows
+from .ranks.sizes import SHOWN_SHARES, size_rows
+from .ranks.spectrum import LayerSpectrum, Spectrum
 from .ranks.truncation import Component, agreement, keep_within, order_of_components, priorities
 from .report.html import html_table
 from .report.matplotlib_extra import needs_matplotlib

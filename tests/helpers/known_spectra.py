@@ -3,7 +3,8 @@
 import numpy as np
 
 from fim_lora import LoraCompression, LoraSpectrum
-from fim_lora.ranks.spectrum import LayerSpectrum, Prediction
+from fim_lora.ranks.sizes import Prediction
+from fim_lora.ranks.spectrum import LayerSpectrum
 
 # Parameters of one rank, ranks in one component, components.
 LAYERS = {"layers.0.q_proj": (4, 1, 3), "layers.0.conv": (6, 2, 2), "layers.1.q_proj": (4, 1, 2), "head": (10, 1, 2)}

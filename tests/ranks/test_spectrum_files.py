@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fim_lora import InvalidFileError, LoraCompression, LoraSpectrum
-from fim_lora.ranks.spectrum import Prediction
+from fim_lora.ranks.sizes import Prediction
 from helpers.damaged_json import HOSTILE_NAMES, truncated, with_changed_bytes, with_changed_values
 from helpers.known_spectra import EXAMPLES, LAYERS
 from helpers.known_spectra import known_compression as compression

@@ -9,7 +9,7 @@ from typing import Any
 from ..compression import LoraCompression, compress_lora, measure_sizes
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
-from ..ranks.spectrum import SHOWN_SHARES
+from ..ranks.sizes import SHOWN_SHARES
 from ..report.rank_map import draw_rank_map
 from ..report.size_curve import draw_size_curve
 from ..runtime.atomic import staged_files

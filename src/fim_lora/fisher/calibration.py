@@ -48,7 +48,7 @@ def calibrate(
     loss_communicates: bool = False,
     sequences_per_example: int = 1,
     enough: Callable[[Any], bool] | None = None,
-    before_batch: Callable[[int], None] | None = None,
+    before_batch: Callable[[int], object] = lambda number: None,
 ) -> Result:
     """Collect a statistic of `layers` over some batches, in eval mode.
 
@@ -117,8 +117,7 @@ def calibrate(
         for turn, (batch, is_own, number) in turns:
             if enough is not None and _is_power_of_two(turn) and enough(recorder.merged_statistic()):
                 break
-            if before_batch is not None:
-                before_batch(number)
+            before_batch(number)
             if in_lockstep:
                 run(batch, is_own)
             else:

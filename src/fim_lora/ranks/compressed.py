@@ -18,7 +18,7 @@ from ..runtime.checked_json import (
     require_number,
 )
 from .layer_grid import format_grid
-from .spectrum import Prediction, format_prediction, format_rows
+from .sizes import Prediction, format_prediction, format_rows
 
 COMPRESSION_FILE = "fim_compression.json"
 """Name of the file in an output folder."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from ..runtime.atomic import write_json
 from ..runtime.checked_json import read_json, require_integer, require_layer_name, require_number
+from .sizes import SHOWN_SHARES, Prediction, SizePoint, format_rows, size_rows
 from .truncation import Component, Kept, by_layer, keep_within, order_of_components, priorities
 
 Array = npt.NDArray[np.float32]
@@ -23,35 +24,8 @@ Array = npt.NDArray[np.float32]
 SPECTRUM_FILE = "fim_spectrum.json"
 SCHEMA_VERSION = 1
 
-SHOWN_SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-"""Sizes in the printed table, as shares of the adapter's parameters."""
-
 # A fingerprint is half of a SHA-256.
 _FINGERPRINT_LENGTH = 32
-
-
-class Prediction(NamedTuple):
-    """A predicted increase of the loss and its standard error over examples, in units of the loss."""
-
-    increase: float
-    standard_error: float | None
-
-
-@dataclass(frozen=True)
-class SizePoint:
-    """One size of the adapter.
-
-    Attributes:
-        parameters: Entries of A and B.
-        share: The same as a share of those of the whole adapter.
-        prediction: Predicted increase of the loss; `None` without data.
-        ranks: Layer name to rank.
-    """
-
-    parameters: int
-    share: float
-    prediction: Prediction | None
-    ranks: dict[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,39 +289,6 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         return f"{heading}\n\n{format_rows(size_rows(self.size_curve((1.0, *SHOWN_SHARES))))}"
 
     __repr__ = __str__
-
-
-def size_rows(points: Sequence[SizePoint]) -> list[list[str]]:
-    """A table with a heading and one row for each size, for people to read."""
-    rows = [["size", "parameters", "predicted loss", "ranks", "mean rank", "layers without adapter"]]
-    for point in points:
-        ranks = list(point.ranks.values())
-        kept = [rank for rank in ranks if rank > 0]
-        rows.append(
-            [
-                f"{point.share:.1%}",
-                f"{point.parameters:,}",
-                format_prediction(point.prediction),
-                f"{min(kept)} to {max(kept)}" if kept else "0",
-                f"{sum(ranks) / len(ranks):.1f}",
-                str(len(ranks) - len(kept)),
-            ]
-        )
-    return rows
-
-
-def format_prediction(prediction: Prediction | None) -> str:
-    """A predicted increase with its standard error, for people to read."""
-    if prediction is None:
-        return "unknown"
-    error = "" if prediction.standard_error is None else f" ± {prediction.standard_error:.2g}"
-    return f"{prediction.increase:+.2g}{error}"
-
-
-def format_rows(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a table with columns aligned to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def _layer_to_dict(layer: LayerSpectrum) -> dict[str, Any]:

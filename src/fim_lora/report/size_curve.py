@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, NullLocator
 
 from ..ranks.compressed import Compression
-from ..ranks.spectrum import Prediction, Spectrum, format_prediction
+from ..ranks.sizes import Prediction, format_prediction
+from ..ranks.spectrum import Spectrum
 from ..ranks.truncation import by_layer, keep_within
 from .picture import Picture, literal
 
