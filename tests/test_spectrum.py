@@ -28,13 +28,16 @@ from helpers.single_layers import under_autocast
 from helpers.tiny_models import llama, lm_batches, token_batch
 from helpers.trained_adapters import (
     components_of,
+    core_gradients_of,
     deltas_of,
     fill,
     in_float64,
     keep_call,
     lora_layers_of,
+    losses_of_rows,
     losses_of_tokens,
     matrices_of,
+    parts_of,
     spectrum_of,
     trained,
     without_first_label,
@@ -221,6 +224,22 @@ def test_gains_are_the_mean_gradients_of_gates_where_the_adapter_has_a_quarter_o
         gains = true.gains[true.order].numpy()
         np.testing.assert_allclose(spectrum[name].gains, gains, rtol=1e-3, atol=1e-4 * abs(gains).max())
         np.testing.assert_allclose(spectrum[name].priorities, true.values[true.order], rtol=1e-3, atol=1e-5)
+
+
+def test_gains_of_every_layer_type():
+    """The gates of a component's parts are one gate, with the summed gradient."""
+    model, data = every_type(torch.float64), batches()
+    spectrum = spectrum_of(model, data)
+    scaled = every_type(torch.float64)
+    for layer in lora_layers_of(scaled).values():
+        for part in parts_of(layer):
+            part.scaling["default"] /= 4
+    cores = core_gradients_of(scaled, lora_layers_of(scaled), losses_of_rows(data[1::2]))
+    for name, layer in spectrum.items():
+        left, right = (torch.from_numpy(one).double() for one in (layer.left, layer.right))
+        # The core of the scaled adapter has a quarter of the gradient.
+        expected = -4 * torch.einsum("pij,tpik,pjk->j", left, cores[name], right) / len(cores[name])
+        np.testing.assert_allclose(layer.gains, expected, rtol=1e-4, atol=1e-5 * expected.abs().max(), err_msg=name)
 
 
 def test_one_batch_gives_no_gains_and_the_order_by_saliencies_and_norms():

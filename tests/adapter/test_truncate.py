@@ -224,6 +224,8 @@ def test_the_other_active_adapter_takes_part_in_the_loss():
     expected = spectrum_of(trained(merged, "one"), adapter_name="one")
     for name in expected:
         np.testing.assert_allclose(together[name].saliencies, expected[name].saliencies, rtol=1e-4)
+        # The other adapter keeps its scaling in the passes with a quarter of this one's.
+        np.testing.assert_allclose(together[name].gains, expected[name].gains, rtol=1e-3, atol=1e-6)
         assert not np.allclose(together[name].saliencies, alone[name].saliencies, rtol=1e-2)
 
 
