@@ -58,7 +58,7 @@ class LoraCompression(Compression):
             The figure. `LoraSpectrum.plot(chosen=...)` draws the size against the loss.
 
         Raises:
-            ImportError: If matplotlib is not installed, which is in the extra `fim-lora[cli]`.
+            ImportError: If matplotlib is not installed.
             OSError: If the file cannot be written.
             ValueError: If the table of layers is too large, or the suffix is not a known format.
         """

@@ -72,7 +72,7 @@ class LoraSpectrum(Spectrum):
             The figure.
 
         Raises:
-            ImportError: If matplotlib is not installed, which is in the extra `fim-lora[cli]`.
+            ImportError: If matplotlib is not installed.
             OSError: If the file cannot be written.
             ValueError: If `chosen` is of another adapter, or the suffix is not a known format.
         """

@@ -20,6 +20,7 @@ import fim_lora
 import fim_lora.cli.models
 from fim_lora_command import main
 from helpers.cli_inputs import allocate, compress, error_line, files, save_llama, texts, word_tokenizer, write_jsonl
+from helpers.fork_server import run_in_fork
 
 
 @pytest.mark.parametrize(
@@ -258,13 +259,31 @@ def test_a_traceback_only_on_request(llama, data, tmp_path, capsys, monkeypatch)
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
-def test_without_the_extra():
-    code = "import sys; sys.modules['matplotlib'] = None; import fim_lora_command; sys.exit(fim_lora_command.main([]))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    [line] = result.stderr.splitlines()
-    assert "matplotlib" in line
-    assert "pip install 'fim-lora[cli]'" in line
+MISSING = {
+    "a package of the extra": (
+        "sys.modules['typer'] = None",
+        "The command needs typer, which is not installed. In a clone of fim-lora: pip install '.[cli]'",
+    ),
+    "a package that another one needs": (
+        "sys.modules['huggingface_hub.errors'] = None",
+        "import of huggingface_hub.errors halted; None in sys.modules (imported by huggingface_hub.",
+    ),
+    "a name that another version has": (
+        "import accelerate.hooks as hooks; del hooks.remove_hook_from_submodules",
+        "cannot import name 'remove_hook_from_submodules' from 'accelerate.hooks'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_an_import_that_fails_names_the_module_and_the_one_that_wanted_it(case):
+    change, message = MISSING[case]
+    code = f"import sys; {change}; import fim_lora_command; print(fim_lora_command.main([]))"
+    status, output = run_in_fork(code, "torch", "transformers")
+    *_, line, returned = output.splitlines()
+    assert (status, returned) == (0, "1")
+    assert line.startswith(f"fim-lora: error: {message}")
+    assert ("pip install" in line) == (case == "a package of the extra")
 
 
 def test_the_installed_command_tells_errors_by_its_exit_code(tmp_path):

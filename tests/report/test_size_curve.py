@@ -173,5 +173,5 @@ for value in (whole, compression(whole)):
         [sys.executable, "-c", code.format(tests=tests)], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    expected = "Pictures need matplotlib: install it with pip install 'fim-lora[cli]'."
+    expected = "Pictures need matplotlib, which is not installed: run pip install matplotlib."
     assert result.stdout.splitlines() == [expected] * 2

@@ -12,4 +12,4 @@ def needs_matplotlib() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
-        raise ImportError("Pictures need matplotlib: install it with pip install 'fim-lora[cli]'.") from error
+        raise ImportError("Pictures need matplotlib, which is not installed: run pip install matplotlib.") from error
