@@ -36,7 +36,7 @@ def assert_same(found, expected, rtol=1e-6):
     for name, layer in expected.items():
         assert found[name].fingerprint == layer.fingerprint
         np.testing.assert_allclose(
-            found[name].saliencies, layer.saliencies, rtol=rtol, atol=rtol * layer.saliencies[0]
+            found[name].saliencies, layer.saliencies, rtol=rtol, atol=rtol * max(layer.saliencies)
         )
         products = [one.left[:, :, :, None] * one.right.swapaxes(1, 2)[:, :, None] for one in (found[name], layer)]
         scale = abs(products[1]).max()
@@ -76,7 +76,7 @@ def test_sharded_weights_without_data(results):
 def test_all_processes_stop_reading_together(results, alone):
     first, second = outcome(results, "automatic_number_of_batches")
     assert first == second
-    assert first["num_batches"] in (3, 4)  # the halves agree after two turns, or all batches are read
+    assert first["num_batches"] == 4  # after two turns, which give two halves of each kind
 
 
 def test_all_processes_get_the_same_smaller_adapter(results, alone):

@@ -89,12 +89,11 @@ def compress_lora(
 ) -> LoraCompression:
     """Shrink a trained LoRA adapter in place, with a small increase of the loss.
 
-    The components of all layers are kept in the order of the loss that they save per parameter, the sum of their gain
-    and saliency (see `get_lora_spectrum`), as many as the size allows. A layer may lose its adapter. What is left is
-    an ordinary LoRA adapter: `save_pretrained` writes it, and stock PEFT loads it. Each layer keeps its scaling, and
-    the rows of A and columns of B are balanced, so training can go on. Dtypes, devices, `requires_grad`, dropout,
-    biases, `modules_to_save` and other adapters do not change, and the same `nn.Parameter` objects carry the new
-    weights.
+    The components of all layers are kept in the order of their worth per parameter (see `get_lora_spectrum`), as many
+    as the size allows. A layer may lose its adapter. What is left is an ordinary LoRA adapter: `save_pretrained`
+    writes it, and stock PEFT loads it. Each layer keeps its scaling, and the rows of A and columns of B are balanced,
+    so training can go on. Dtypes, devices, `requires_grad`, dropout, biases, `modules_to_save` and other adapters do
+    not change, and the same `nn.Parameter` objects carry the new weights.
 
     A call that raises leaves model, config and optimizer as they were.
 

@@ -1,6 +1,5 @@
 """`get_fim_diagonals`: from a model and batches to the eFIM diagonal of every element of its weights."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from .fisher.calibration import ForwardFn, calibrate
 from .fisher.diagonal import DiagonalSums
 from .fisher.fim_diagonals import FimDiagonals
 from .runtime.distributed import run_on_all
+from .runtime.user_warnings import warn_user
 from .runtime.wrappers import unwrap_engine
 
 
@@ -97,8 +97,7 @@ def _part_to_measure(model: nn.Module) -> nn.Module:
 
 def _warn_of_tied_weights(tied: list[str]) -> None:
     if tied:
-        warnings.warn(
+        warn_user(
             f"{len(tied)} layers share their weight with another layer: {tied}. The diagonal of each is that of its "
-            "own use of the weight, as if it were not shared.",
-            stacklevel=3,
+            "own use of the weight, as if it were not shared."
         )

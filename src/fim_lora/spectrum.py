@@ -115,8 +115,9 @@ def get_lora_spectrum(
         adapter_name: The adapter.
         num_batches: Batches to use in each process. `None` reads until the ranks by two halves of the batches agree in
             90 % of the kept parameters at half and at a quarter of the size, asked after 4, 8, 16, … batches, but at
-            most 64 batches. A single batch gives no gains, and the order is that of the geometric mean of saliency
-            and squared norm.
+            most 64 batches. Half of the batches give the components, saliencies and the prediction, the other half
+            the gains. A single batch gives no gains, and the order is that of the geometric mean of saliency and
+            squared norm.
         forward_fn: See `initialize_lora_fim_ranks`.
         show_progress_bar: Whether to show a progress bar.
 

@@ -29,7 +29,7 @@ from helpers.trainers import allocate, sft_trainer
 # Unequal sizes and unequal numbers. The first process has more.
 SHARES = [[token_batch(3, 10, seed=0), token_batch(4, 8, seed=1), token_batch(2, 12, seed=2)], [token_batch(seed=3)]]
 ALL = [batch for share in SHARES for batch in share]
-# One process has to read the batches in the turns of two to scale the adapter for the same ones.
+# The batches in the order in which two processes read them, so that one process scales the adapter for the same ones.
 IN_TURNS = [SHARES[0][0], SHARES[1][0], *SHARES[0][1:]]
 ONE_HAS_NONE = [ALL, []]
 EVEN = [ALL[:2], ALL[2:]]

@@ -39,7 +39,7 @@ def fill(model, adapter_name="default", seed=3, std=0.3):
 
 
 def measured(model, batches, adapter_name="default", num_batches=None, **options):
-    """The moments of all layers, as `get_lora_spectrum` collects them."""
+    """The moments of all layers with the adapter as it is, as a training collects them."""
     layers = checked_layers(model, adapter_name)
     shapes = {name: plain.shape for name, plain in plain_adapters(layers, adapter_name).items()}
     return calibrate(

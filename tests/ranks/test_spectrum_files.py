@@ -18,7 +18,7 @@ from helpers.known_spectra import EXAMPLES, LAYERS
 from helpers.known_spectra import known_compression as compression
 from helpers.known_spectra import known_spectrum as spectrum
 
-MAKE = {LoraSpectrum: spectrum, LoraCompression: compression}
+MAKE = {LoraSpectrum: lambda: spectrum(EXAMPLES, 3), LoraCompression: compression}
 KINDS = pytest.mark.parametrize("kind", MAKE, ids=lambda kind: kind.__name__)
 
 
@@ -183,9 +183,12 @@ SPECTRUM_DAMAGE = [
     (("layers", "head", "left"), lambda text: text[:-4], "damaged"),
     (("layers", "head", "left"), numbers(1, 2, float("nan"), 4), "not finite"),
     (("layers", "head", "gates"), None, "gates and num_examples do not fit"),
-    (("num_scaled_examples",), 8, "num_batches, num_examples and num_scaled_examples do not fit"),
+    (("num_scaled_examples",), 11, "num_batches, num_examples and num_scaled_examples do not fit"),
     (("num_scaled_examples",), -1, "damaged"),
-    (("layers", "head", "gains"), numbers(1, 2), "gains and num_scaled_examples do not fit"),
+    (("num_scaled_examples",), 0, "gains and num_scaled_examples do not fit"),
+    (("layers", "head", "gains"), None, "gains and num_scaled_examples do not fit"),
+    (("layers", "head", "gains"), numbers(1), "an array has 4 bytes, not 8"),
+    (("layers", "head", "gains"), numbers(1, float("nan")), "not finite"),
     (("layers", "head", "squared_norms"), numbers(1, -1), "a squared norm is negative"),
     (("layers", "head", "squared_norms"), numbers(1, float("inf")), "not finite"),
 ]
@@ -194,7 +197,7 @@ SPECTRUM_DAMAGE = [
 @pytest.mark.parametrize(("keys", "to", "message"), SPECTRUM_DAMAGE)
 def test_damaged_spectra(tmp_path, keys, to, message):
     path = tmp_path / "fim_spectrum.json"
-    spectrum().save(path)
+    spectrum(EXAMPLES, 3).save(path)
     change(path, *keys, to=to)
     with pytest.raises(InvalidFileError, match=message) as raised:
         LoraSpectrum.load(path)
@@ -270,6 +273,8 @@ def require_sound(value):
         assert layer.squared_norms.shape == (size,)
         assert (layer.gates is None) == (not value.with_data)
         assert all(0 <= saliency < math.inf for saliency in layer.saliencies)
+        assert (layer.gains is None) == (value.num_scaled_examples == 0)
+        assert all(map(math.isfinite, layer.priorities))
     for share in (0.0, 0.5, 1.0):
         point = value.size_point(int(share * value.num_parameters), r_max=8)
         assert point.parameters <= value.num_parameters

@@ -1,6 +1,5 @@
 """The calibration loop: it runs batches through the model, and restores the model at the end."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..runtime.distributed import batches_in_lockstep, gather_from_all, num_processes
 from ..runtime.flags import frozen_eval_mode
+from ..runtime.user_warnings import warn_user
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
 from .doubts import NAME_THE_LABELS
 from .layers.batch_size import batch_size_of, loss_terms_of
@@ -144,10 +144,9 @@ def _require_batches(seen: int, num_batches: int) -> None:
     if not any(gather_from_all(lambda: seen)):
         raise ValueError("The dataloader yielded no batch: the eFIM needs at least one.")
     if seen < num_batches:
-        warnings.warn(
+        warn_user(
             f"The dataloader yielded {seen} batches, but {num_batches} were asked for (by fim_calibration_batches or "
-            f"num_batches): the eFIM is averaged over {seen} batches. Provide more batches, or ask for fewer.",
-            stacklevel=4,
+            f"num_batches): the eFIM is averaged over {seen} batches. Provide more batches, or ask for fewer."
         )
 
 

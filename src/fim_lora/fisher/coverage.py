@@ -1,10 +1,8 @@
-"""What the calibration batches covered: the errors and warnings that every statistic has in common.
+"""What the calibration batches covered: the errors and warnings that every statistic has in common."""
 
-`stacklevel` is that of `warnings.warn`, counted from the function that calls one of these.
-"""
-
-import warnings
 from collections.abc import Collection, Iterable
+
+from ..runtime.user_warnings import warn_user
 
 
 def require_usable_batches(num_batches: int, num_skipped: int) -> None:
@@ -16,35 +14,32 @@ def require_usable_batches(num_batches: int, num_skipped: int) -> None:
         )
 
 
-def warn_of_skipped_batches(num_batches: int, num_skipped: int, stacklevel: int, where: str = "") -> None:
+def warn_of_skipped_batches(num_batches: int, num_skipped: int, where: str = "") -> None:
     """Warn if some batches were skipped; `where` says for which layers."""
     if num_skipped:
-        warnings.warn(
+        warn_user(
             f"{num_skipped} of {num_batches} calibration batches had a loss or gradients that are not finite, and "
             f"were left out{where}. To use them all, calibrate in bfloat16 or float32, and remove batches without "
             "labels.",
-            stacklevel=stacklevel + 1,
         )
 
 
-def warn_of_unattributed_layers(names: Collection[str], result: str, stacklevel: int, consequence: str = "") -> None:
+def warn_of_unattributed_layers(names: Collection[str], result: str, consequence: str = "") -> None:
     """Warn of layers whose rows could not be attributed to examples; `result` names what is exact otherwise."""
     if names:
-        warnings.warn(
+        warn_user(
             f"The inputs of {len(names)} layers could not be attributed to examples, so each of their batches counts "
             f"as one example{consequence}: {sorted(names)}. Calibrate with batches of one example for exact {result}.",
-            stacklevel=stacklevel + 1,
         )
 
 
 def warn_of_unreached_layers(
-    names: Iterable[str], reached: Collection[str], kind: str, consequence: str, fix: str, stacklevel: int
+    names: Iterable[str], reached: Collection[str], kind: str, consequence: str, fix: str
 ) -> None:
     """Warn of layers that took part in no loss. `kind` is how the layers are called."""
     unreached = [name for name in names if name not in reached]
     if unreached:
-        warnings.warn(
+        warn_user(
             f"{len(unreached)} {kind} took no part in the loss of any calibration batch{consequence}: {unreached}. "
             f"{fix}",
-            stacklevel=stacklevel + 1,
         )

@@ -205,13 +205,12 @@ def _over_processes(total: Tensor) -> Tensor:
 
 def _warn(counts: DiagonalCounts, layers: Mapping[str, TargetLayer]) -> None:
     where = f" in {len(counts.incomplete)} layers" if counts.incomplete else " in all layers"
-    warn_of_skipped_batches(counts.num_batches, counts.num_skipped_batches, 5, where)
-    warn_of_unattributed_layers(counts.unattributed, "diagonals", 5, ", and their diagonals are approximate")
+    warn_of_skipped_batches(counts.num_batches, counts.num_skipped_batches, where)
+    warn_of_unattributed_layers(counts.unattributed, "diagonals", ", and their diagonals are approximate")
     warn_of_unreached_layers(
         layers,
         counts.reached,
         "layers",
         ", and their diagonals are zero",
         "If they never take part in it, leave them out of `parameters`.",
-        stacklevel=5,
     )

@@ -1,8 +1,9 @@
 """`Doubts`: what passes leave open about their examples, and the warnings that say so."""
 
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
+
+from ..runtime.user_warnings import warn_user
 
 DECLARE = (
     "Say how many examples a batch has, and how rows follow each other, with `with fim_lora.calibration_batch(model, "
@@ -28,24 +29,21 @@ class Doubts:
     def warn(self, ambiguous_layers: Collection[str]) -> None:
         """Warn of every assumption, and of layers whose rows could belong to the examples in several ways."""
         if self.several_forward_passes:
-            warnings.warn(
+            warn_user(
                 "The model was called several times before one backward pass, and every call was taken for another "
                 "view of the same examples. If the calls are pieces of one batch, the scores are wrong. "
                 f"{self.advice}.",
-                stacklevel=4,
             )
         if self.uncertain_batch_size:
-            warnings.warn(
+            warn_user(
                 "The batches do not show how many examples they hold: the leading dimensions of their tensors differ, "
                 "or they have no tensors. That of the first tensor, or of each layer's input, was taken, and the "
                 "scores are wrong if it is not the number of examples. "
                 f"{self.advice}.",
-                stacklevel=4,
             )
         if ambiguous_layers:
-            warnings.warn(
+            warn_user(
                 f"The rows of the inputs of {len(ambiguous_layers)} layers could belong to the examples of a batch in "
                 "several ways. They were taken as consecutive rows of each example, or as sequences whose second "
                 f"dimension is the batch: {sorted(ambiguous_layers)}. {self.advice}.",
-                stacklevel=4,
             )

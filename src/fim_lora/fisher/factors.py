@@ -1,4 +1,4 @@
-"""`AdapterMoments`: the statistic behind a spectrum, moments of `h = A x` and `u = s · Bᵀ g` and core gradients."""
+"""The statistics behind a spectrum: moments of `h = A x` and `u = s · Bᵀ g`, and gradients of the core."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from ..runtime.user_warnings import warn_user
 from .coverage import (
     require_usable_batches,
     warn_of_skipped_batches,
@@ -230,9 +231,18 @@ class PathMoments:
 
     def result(self, layers: Mapping[str, TargetLayer]) -> PathMoments:
         """The moments themselves; see `AdapterMoments.result`. Batches with the adapter as it is are needed."""
-        if self.whole.num_batches:
-            require_usable_batches(self.whole.num_batches, self.whole.num_skipped_batches)
         require_usable(self.whole.merge([self.scaled]))
+        if not self.whole.num_examples:
+            raise RuntimeError(
+                f"All {self.whole.num_batches} calibration batches that ran with the adapter as it is had a loss or "
+                "gradients that are not finite: calibrate in bfloat16 or float32, or with more batches."
+            )
+        if self.scaled.num_batches and not self.scaled.num_examples:
+            warn_user(
+                "All calibration batches that ran with a quarter of the adapter's scaling were left out, so the "
+                "components have no gains and are ordered by saliency and norm. Calibrate in bfloat16 or float32, or "
+                "with more batches."
+            )
         return self
 
 
@@ -267,13 +277,12 @@ def _to_host(layer: MeasuredLayer) -> tuple[Array, Array, Array]:
 
 
 def _warn(moments: AdapterMoments) -> None:
-    warn_of_skipped_batches(moments.num_batches, moments.num_skipped_batches, stacklevel=7)
-    warn_of_unattributed_layers(moments.unattributed, "saliencies", stacklevel=7)
+    warn_of_skipped_batches(moments.num_batches, moments.num_skipped_batches)
+    warn_of_unattributed_layers(moments.unattributed, "saliencies")
     warn_of_unreached_layers(
         moments.shapes,
         moments.reached,
         "layers",
-        ", so the criterion drops their adapters first",
+        ", so their adapters count as worth nothing",
         "Calibrate with data that reaches them, or leave them out of the adapter.",
-        stacklevel=7,
     )

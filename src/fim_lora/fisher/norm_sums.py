@@ -158,15 +158,14 @@ class NormSums:
         )
 
     def _warn(self, layers: Mapping[str, TargetLayer]) -> None:
-        warn_of_skipped_batches(self.num_batches, self.num_skipped_batches, stacklevel=5)
-        warn_of_unattributed_layers(self.unattributed, "scores", 5, ", and their scores are approximate")
+        warn_of_skipped_batches(self.num_batches, self.num_skipped_batches)
+        warn_of_unattributed_layers(self.unattributed, "scores", ", and their scores are approximate")
         warn_of_unreached_layers(
             layers,
             self.reached,
             "target layers",
             " and score zero",
             "If they never take part in it, remove them from `target_modules`.",
-            stacklevel=5,
         )
 
 

@@ -48,7 +48,7 @@ class RowProbe:
     """Layouts of rows that were found, and the projections of the rows of the current pass.
 
     Attributes:
-        ambiguous: No layer: what has several readings is decided.
+        ambiguous: Always empty: the probe decides every layer with several readings.
         found: What is decided.
     """
 

@@ -16,7 +16,7 @@ class RowRules:
     """Attribution by the rules of `by_example`.
 
     Attributes:
-        is_running: Never: there is no further pass.
+        is_running: Always `False`: the rules run no further pass.
         ambiguous: Layers with rows that the rules attributed, although their shape has several readings.
     """
 

@@ -46,8 +46,8 @@ class LayerSpectrum:
         gates: Gradients of gates on the components (N × k), one row for each example of the batches that ran with the
             adapter as it is, divided by the root of the mean number of loss terms of an example; `None` without data.
         squared_norms: `‖ΔW_j‖²_F` of every component (k), summed over the parts.
-        gains: How much the loss falls, per gate, as component j grows where the adapter has a quarter of its scaling
-            (k): minus the mean gradient of its gate there, in units of the loss. `None` without such batches.
+        gains: Minus the mean gradient of the gate on component j (k) with the adapter at a quarter of its scaling, in
+            units of the loss: how fast the loss falls there as the component grows. `None` without such batches.
     """
 
     shape: tuple[int, int]
@@ -158,7 +158,9 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         """What orders the components, for people to read."""
         if not self.with_data:
             return "without data (plain SVD of the weights, blind to the loss)"
-        return f"Fisher information of {self.num_examples:,} examples in {self.num_batches:,} batches"
+        scaled = self.num_scaled_examples
+        gains = f" and gains of {scaled:,}" if scaled else ""
+        return f"Fisher information of {self.num_examples - scaled:,}{gains} examples in {self.num_batches:,} batches"
 
     @property
     def costs(self) -> dict[str, int]:

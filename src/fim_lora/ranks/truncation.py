@@ -1,4 +1,4 @@
-"""Which components of a trained adapter to keep: pure functions of saliencies, norms and costs.
+"""Which components of a trained adapter to keep: pure functions of saliencies, gains, norms and costs.
 
 A component is one rank of one layer. Dropping it raises the loss by its saliency, as far as a second-order model
 knows (LeCun, Denker and Solla 1989, Optimal Brain Damage, equation 5), and saves its parameters.
@@ -28,11 +28,11 @@ Kept = dict[str, list[int]]
 def priorities(saliencies: ArrayLike, squared_norms: ArrayLike, gains: ArrayLike | None = None) -> Array:
     """What components are ordered by: the sum of gain and saliency.
 
-    It is the loss that a component saves, to second order. The second-order term is that of Optimal Brain Damage at
-    the trained adapter. The first-order term says nothing there, where training has brought the mean gradient to zero.
-    It is measured where the adapter has a part of its scaling instead, as in an integral of the gradient along the
-    path from the base model to the trained one (Sundararajan et al. 2017, Integrated Gradients, equation 1): cutting
-    deep leads there.
+    Both estimate what a component is worth, in units of the loss. The saliency is that of Optimal Brain Damage, at the
+    trained adapter. The gain is the gradient where the adapter has a part of its scaling, as in the integral of the
+    gradient along the path from the base model to the trained one (Sundararajan et al. 2017, Integrated Gradients,
+    equation 1). A deep cut leads towards that point. At the trained adapter the mean gradient is about zero, because
+    training has minimized the loss. The sum is an order and not a prediction. A gain may be negative.
 
     Without gains, the geometric mean of the saliency and of the squared norm `‖ΔW_j‖²_F`. The norm, which PARA
     (arXiv:2604.27796) uses alone, measures how far a cut moves the weights. `benchmarks/compression.py` compares all
@@ -50,7 +50,8 @@ def order_of_components(
     """All components in the order in which they should be kept: by falling value per parameter.
 
     Taking them in this order until a budget is used is optimal up to one component (Dantzig 1957, for the knapsack
-    problem), if the loss falls by the sum of the values that are dropped. Ties go to the layer that is named first.
+    problem), if the loss rises by the sum of the values that are dropped and none of them is negative. Ties go to the
+    layer that is named first.
 
     Args:
         values: Layer name to the value of each of its components, such as its priority.

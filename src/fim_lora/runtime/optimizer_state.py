@@ -1,6 +1,5 @@
 """The state of an optimizer, carried over to parameters that get another shape."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
+
+from .user_warnings import warn_user
 
 # The second moments of Adam, and their running maximum with `amsgrad`.
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
@@ -43,11 +44,10 @@ def carried_state(optimizer: Optimizer, maps: Mapping[nn.Parameter, StateMap]) -
     present = {parameter: optimizer.state[parameter] for parameter in maps if parameter in optimizer.state}
     if not isinstance(optimizer, (Adam, AdamW)):
         if any(present.values()):
-            warnings.warn(
+            warn_user(
                 f"The state of {type(optimizer).__name__} cannot be carried over to other ranks, so it is dropped for "
                 f"{len(present)} parameters: they go on as at the first step. Adam and AdamW of PyTorch go on without "
                 "a jump.",
-                stacklevel=4,
             )
         return {parameter: {} for parameter in present}
     return {parameter: _adam_state(state, maps[parameter]) for parameter, state in present.items()}

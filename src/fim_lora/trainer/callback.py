@@ -29,8 +29,9 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
     The adapter starts at the rank of its config. After a share `at` of the steps it is cut to the parameters that it
     would have at the uniform rank `r`, as by `compress_lora(model, spectrum, r=r)`. The spectrum comes from the
     trainer's own passes in the last steps before the cut, with its loss, collator, precision and gradient
-    accumulation, so the cut needs no further passes. Dropout is active in them, and the weights move a little between
-    them. Adam and AdamW go on with their state, and every checkpoint is plain LoRA.
+    accumulation, so the cut needs no further passes. All of them have the whole adapter, so components are ordered by
+    saliency and norm, without gains. Dropout is active in them, and the weights move a little between them. Adam and
+    AdamW go on with their state, and every checkpoint is plain LoRA.
 
     To resume, run the same script with `resume_from_checkpoint`. After the cut this works if the trainer was given the
     model and the callback when it was created, not `model_init` or `add_callback`. From a checkpoint between the first
