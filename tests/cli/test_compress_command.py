@@ -89,7 +89,15 @@ def test_compress_writes_five_files_and_nothing_else(adapter, data, tmp_path, ca
     assert 0.4 < result.share <= 0.5
     for number in (result.num_parameters_before, result.num_parameters, max(result.ranks.values())):
         assert f"{number:,}" in captured.out
-    for word in ("adapter file", "kB", "predicted loss", "4 examples in 2 batches", "calibrating", "GiB", "q_proj"):
+    for word in (
+        "adapter file",
+        "kB",
+        "predicted loss",
+        "Fisher information of 2 and gains of 2 examples in 2 batches",
+        "calibrating",
+        "GiB",
+        "q_proj",
+    ):
         assert word in captured.out
     assert imread(tmp_path / "out" / "rank_map.png").size > 0
     assert imread(tmp_path / "out" / "size_curve.png").size > 0

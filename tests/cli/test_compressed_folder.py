@@ -42,7 +42,7 @@ def test_show_prints_the_ranks_and_draws_the_map_again(adapter, data, tmp_path, 
     assert main(["show", str(out)]) == 0
     shown = capsys.readouterr().out
     assert printed.split("Ranks in", 1)[1] == shown.split("Ranks in", 1)[1]
-    for word in ("keep = 0.5", "4 examples in 2 batches", "largest rank", "predicted loss"):
+    for word in ("keep = 0.5", "gains of 2 examples in 2 batches", "largest rank", "predicted loss"):
         assert word in shown
     assert {name: (out / name).read_bytes() for name in pictures} == pictures
     assert files(out) == COMPRESSED_FILES
