@@ -33,7 +33,8 @@ def summary(results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: st
 
     Returns:
         `increase_over_para`: size to `mean`, `ci95` and the tasks it is over. `tasks`: task to increases with
-        intervals by criterion and size, ratios by size, and the adapters. `above_para`: adapters and sizes at which
+        intervals by criterion and size, over the adapters for which the criterion was measured, with their number and
+        the increase of the reference for the same ones; ratios by size; and the adapters. `above_para`: adapters and sizes at which
         the increase of `ours` is above that of the reference, with the interval of the difference over test batches.
     """
     by_task: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -72,29 +73,43 @@ def _above(result: Mapping[str, Any], size: int, ours: str, reference: str) -> d
 def _task_summary(
     results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: str, reference: str
 ) -> dict[str, Any]:
-    # Criteria that were left out for some adapters cannot be compared over all of them.
-    names = [name for name in results[0]["criteria"] if name != TRAINED_AT_SIZE]
-    criteria = [name for name in names if all(name in result["criteria"] for result in results)]
-    increases: dict[str, dict[str, Any]] = {criterion: {} for criterion in criteria}
     ratios: dict[str, Any] = {}
     ratio_draws: dict[str, Floats] = {}
     for size in map(str, sizes):
-        draws = {criterion: _draws(results, criterion, size) for criterion in criteria}
-        means = {criterion: _mean_increase(results, criterion, size) for criterion in criteria}
-        for criterion in criteria:
-            increases[criterion][size] = {"mean": means[criterion], "ci95": _quantiles(draws[criterion])}
+        draws = {criterion: _draws(results, criterion, size) for criterion in (ours, reference)}
+        means = {criterion: _mean_increase(results, criterion, size) for criterion in (ours, reference)}
         ratios[size] = None
-        if increases[reference][size]["ci95"][0] > 0:
+        if _quantiles(draws[reference])[0] > 0:
             ratio_draws[size] = draws[ours] / draws[reference]
             ratios[size] = {"mean": means[ours] / means[reference], "ci95": _quantiles(ratio_draws[size])}
         difference = draws[ours] - draws[reference]
         ratios[f"difference {size}"] = {"mean": means[ours] - means[reference], "ci95": _quantiles(difference)}
     return {
-        "increases": increases,
+        "increases": _increases(results, sizes, reference),
         "ratios": ratios,
         "ratio_draws": ratio_draws,
         "adapters": [_adapter_row(result, sizes, ours, reference) for result in results],
     }
+
+
+def _increases(
+    results: Sequence[Mapping[str, Any]], sizes: Sequence[int], reference: str
+) -> dict[str, dict[str, Any]]:
+    """Criterion to size to the increase over the adapters that have the criterion, and the reference's over them."""
+    names = dict.fromkeys(name for result in results for name in result["criteria"] if name != TRAINED_AT_SIZE)
+    increases: dict[str, dict[str, Any]] = {}
+    for name in names:
+        measured = [result for result in results if name in result["criteria"]]
+        increases[name] = {
+            str(size): {
+                "mean": _mean_increase(measured, name, str(size)),
+                "ci95": _quantiles(_draws(measured, name, str(size))),
+                "reference": _mean_increase(measured, reference, str(size)),
+                "adapters": len(measured),
+            }
+            for size in sizes
+        }
+    return increases
 
 
 def _adapter_row(result: Mapping[str, Any], sizes: Sequence[int], ours: str, reference: str) -> dict[str, Any]:
@@ -142,10 +157,11 @@ def format_report(found: Mapping[str, Any]) -> str:
     lines = []
     for task, content in found["tasks"].items():
         sizes = list(next(iter(content["increases"].values())))
-        lines += [f"### {task}: increase of the held-out loss, mean of {len(content['adapters'])} adapters", ""]
-        lines += _table(["criterion", *(f"1/{size}" for size in sizes)])
+        lines += [f"### {task}: increase of the held-out loss, over {len(content['adapters'])} adapters", ""]
+        lines += _table(["criterion", "adapters", *(f"1/{size} / PARA's" for size in sizes)])
         for criterion, by_size in content["increases"].items():
-            lines.append(_row([criterion, *(_cell(by_size[size]) for size in sizes)]))
+            cells = [f"{_cell(by_size[size])} / {by_size[size]['reference']:+.4f}" for size in sizes]
+            lines.append(_row([criterion, str(by_size[sizes[0]]["adapters"]), *cells]))
         lines += ["", *_ratio_lines(content, sizes), ""]
         lines += _adapter_lines(content, sizes)
     lines += _trained_lines(found)
