@@ -26,7 +26,7 @@ def summary(results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: st
     criteria share.
 
     Args:
-        results: The result files.
+        results: The result files. Those without `ours` or `reference`, of a run that is not finished, are left out.
         sizes: The sizes, as the number of parts of which one is kept.
         ours: The criterion whose ratio is reported.
         reference: The criterion that it is compared with.
@@ -34,9 +34,11 @@ def summary(results: Sequence[Mapping[str, Any]], sizes: Sequence[int], ours: st
     Returns:
         `increase_over_para`: size to `mean`, `ci95` and the tasks it is over. `tasks`: task to increases with
         intervals by criterion and size, over the adapters for which the criterion was measured, with their number and
-        the increase of the reference for the same ones; ratios by size; and the adapters. `above_para`: adapters and sizes at which
-        the increase of `ours` is above that of the reference, with the interval of the difference over test batches.
+        the increase of the reference for the same ones; ratios by size; and the adapters. `above_para`: adapters and
+        sizes at which the increase of `ours` is above that of the reference, with the interval of the difference over
+        test batches.
     """
+    results = [result for result in results if {ours, reference} <= result["criteria"].keys()]
     by_task: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for result in results:
         by_task[result["run"]["task"]].append(result)

@@ -110,8 +110,9 @@ def test_a_reference_within_its_noise_has_no_ratio():
 def test_a_criterion_is_compared_over_the_adapters_that_have_it():
     results = [result_of(0, {OURS: 0.1, PARA: 0.2, "other": 0.3}), result_of(1, {OURS: 0.1, PARA: 0.6})]
     increases = summary(results, SIZES, OURS, PARA)["tasks"]["task"]["increases"]
-    found = [(increases[name]["2"][key] for key in ("adapters", "mean", "reference")) for name in ("other", OURS)]
-    assert list(map(pytest.approx, map(list, found))) == [[1, 0.3, 0.2], [2, 0.1, 0.4]]
+    for name, expected in (("other", (1, 0.3, 0.2)), (OURS, (2, 0.1, 0.4))):
+        found = increases[name]["2"]
+        assert (found["adapters"], found["mean"], found["reference"]) == pytest.approx(expected)
 
 
 def test_sizes_at_which_ours_is_above_the_reference_are_listed():
