@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2000
 
+TOLERATED_INCREASE = 0.01
+"""For each adapter, the tables have the smallest size whose loss is at most this much higher, in nats."""
+
 TRAINED_AT_SIZE = "trained at this size"
 """What stands in the result files in the place of a criterion for adapters that were trained at the smaller size."""
 
@@ -119,7 +122,18 @@ def _adapter_row(result: Mapping[str, Any], sizes: Sequence[int], ours: str, ref
     for key, name in {"ours": ours, "reference": reference, "trained": TRAINED_AT_SIZE}.items():
         if name in result["criteria"]:
             row[key] = {str(size): _increase(result, name, str(size)) for size in sizes}
+            row[f"{key}_within"] = _smallest_within(row[key], TOLERATED_INCREASE)
     return row
+
+
+def _smallest_within(increases: Mapping[str, float], limit: float) -> str:
+    """The smallest size with at most this increase, among those that have it and whose larger sizes have it."""
+    found = "1"
+    for size, increase in increases.items():
+        if increase > limit:
+            break
+        found = f"1/{size}"
+    return found
 
 
 def _loss(losses: Sequence[Sequence[float]]) -> float:
@@ -189,11 +203,13 @@ def _ratio_lines(content: Mapping[str, Any], sizes: Sequence[str]) -> list[str]:
 
 
 def _adapter_lines(content: Mapping[str, Any], sizes: Sequence[str]) -> list[str]:
-    lines = _table(["adapter", "held-out loss", *(f"1/{size}: fim-lora / PARA" for size in sizes)])
+    within = f"size within {TOLERATED_INCREASE} nats: fim-lora / PARA"
+    lines = _table(["adapter", "held-out loss", *(f"1/{size}: fim-lora / PARA" for size in sizes), within])
     for row in content["adapters"]:
         ours, para = row["ours"], row["reference"]
         cells = [f"{ours[size]:+.4f} / {para[size]:+.4f}" for size in sizes]
-        lines.append(_row([_label(row), f"{row['loss']:.4f}", *cells]))
+        kept = f"{row['ours_within']} / {row['reference_within']}"
+        lines.append(_row([_label(row), f"{row['loss']:.4f}", *cells, kept]))
     return [*lines, ""]
 
 

@@ -107,6 +107,14 @@ def test_a_reference_within_its_noise_has_no_ratio():
     assert "within noise" in format_report(found)
 
 
+@pytest.mark.parametrize(("increase", "size"), [(0.2, "1"), (0.009, "1/4"), (-0.1, "1/4")])
+def test_the_smallest_size_within_a_limit(increase, size):
+    found = summary([result_of(0, {OURS: increase, PARA: 0.2})], SIZES, OURS, PARA)
+    (row,) = found["tasks"]["task"]["adapters"]
+    assert (row["ours_within"], row["reference_within"]) == (size, "1")
+    assert f"| {size} / 1 |" in format_report(found)
+
+
 def test_a_criterion_is_compared_over_the_adapters_that_have_it():
     results = [result_of(0, {OURS: 0.1, PARA: 0.2, "other": 0.3}), result_of(1, {OURS: 0.1, PARA: 0.6})]
     increases = summary(results, SIZES, OURS, PARA)["tasks"]["task"]["increases"]
