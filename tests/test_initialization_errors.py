@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fim_lora import FimScores, LayerScore, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import FimConfig, FimScores, LayerScore, get_fim_scores, initialize_lora_fim_ranks
 from helpers.adapters import fim_model, logits, lora_layers, randomize, run_own_loop, state_of
 from helpers.tiny_models import llama, lm_batches, running_out_of_memory, token_batch
 
@@ -109,7 +109,8 @@ def test_only_an_adapter_that_waits_is_allocated():
 
 @pytest.mark.parametrize("bounds", [{"r_min": 9}, {"r_max": 7}])
 def test_infeasible_bounds_name_a_layer(bounds):
-    model = fim_model(**bounds)
+    model = fim_model()
+    model.peft_config["default"].fim_config = FimConfig(**bounds)  # after the config was checked
     before = state_of(model)
     with pytest.raises(ValueError, match=r"Layer 'model\.layers.*' has base rank 8"):
         initialize_lora_fim_ranks(model, fim_scores=ONES)

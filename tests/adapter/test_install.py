@@ -143,6 +143,19 @@ def test_nothing_changes_for_other_configs():
     assert len(stock) > 3000
 
 
+@pytest.mark.parametrize(
+    ("options", "bounds", "message"),
+    [
+        ({"r": 16}, {"r_max": 8}, "r is 16, above r_max=8 of `fim_config`: raise r_max or lower it"),
+        ({"r": 2}, {"r_min": 3}, "r is 2, below r_min=3 of `fim_config`: lower r_min or raise it"),
+        ({"rank_pattern": {"q_proj": 9}}, {"r_max": 8}, r"rank_pattern\['q_proj'\] is 9, above r_max=8"),
+    ],
+)
+def test_ranks_beyond_the_bounds_are_refused_when_the_config_is_made(options, bounds, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(init_lora_weights="fim", fim_config=FimConfig(**bounds), **options)
+
+
 def test_installing_again_changes_nothing():
     changed = (LoraConfig, peft.tuners.lora.LoraModel, peft.tuners.lora.LoraLayer, peft.tuners.MixedModel)
     before = [dict(vars(one)) for one in changed]

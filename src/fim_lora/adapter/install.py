@@ -112,6 +112,7 @@ def _wrap_post_init(plain_post_init: Callable[[LoraConfig], None]) -> Callable[[
             raise TypeError(f"`fim_config` must be a FimConfig, a dict or None, got {self.fim_config!r}.")
         if awaits_ranks(self):
             self.fim_config = self.fim_config or FimConfig()
+            _require_possible_ranks(self, self.fim_config)
         with with_final_init(self):
             plain_post_init(self)
         if self.fim_config is not None and not awaits_ranks(self):
@@ -120,6 +121,22 @@ def _wrap_post_init(plain_post_init: Callable[[LoraConfig], None]) -> Callable[[
             )
 
     return __post_init__
+
+
+def _require_possible_ranks(config: LoraConfig, fim_config: FimConfig) -> None:
+    """Refuse base ranks beyond the bounds now, and not after a calibration."""
+    base_ranks = {"r": config.r} | {
+        f"rank_pattern[{key!r}]": rank for key, rank in (config.rank_pattern or {}).items()
+    }
+    for name, rank in base_ranks.items():
+        if fim_config.r_max is not None and rank > fim_config.r_max:
+            raise ValueError(
+                f"{name} is {rank}, above r_max={fim_config.r_max} of `fim_config`: raise r_max or lower it."
+            )
+        if 0 < rank < fim_config.r_min:
+            raise ValueError(
+                f"{name} is {rank}, below r_min={fim_config.r_min} of `fim_config`: lower r_min or raise it."
+            )
 
 
 def _refuse_derived_config(config: LoraConfig) -> None:
