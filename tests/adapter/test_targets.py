@@ -56,6 +56,35 @@ def test_nothing_targeted_is_an_error_of_peft():
         get_fim_scores(llama(), lm_batches(), LoraConfig(target_modules=["nothing"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"target_modules": ["q_proj", "vproj"]},
+            r"^'vproj' in target_modules matches nothing in the model: remove or correct it. Near it are 'v_proj'",
+        ),
+        ({"target_modules": ["mlp.down_proj", "self_attn.vproj"]}, "Near it are 'self_attn.v_proj'"),
+        (
+            {"target_modules": ["q_proj", "xyz"]},
+            "'xyz' in target_modules matches nothing in the model: .* correct it.$",
+        ),
+        (
+            {"target_modules": ["q_proj"], "target_parameters": ["v_proj.weight", "v_proj.wait"]},
+            "'v_proj.wait' in target_parameters matches nothing .* Near it are 'v_proj.weight'",
+        ),
+    ],
+)
+def test_an_entry_that_matches_nothing_is_named_with_what_is_near(options, message):
+    """PEFT ignores it if another entry matches."""
+    model = llama()
+    with pytest.raises(ValueError, match=message):
+        get_fim_scores(model, lm_batches(), LoraConfig(**options))
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, LoraConfig(init_lora_weights="fim", **options))
+    assert not lora_layers(model)
+    get_peft_model(model, LoraConfig(**options))  # other initializations are as they were
+
+
 class UnknownLora(nn.Module, LoraLayer):
     """A custom LoRA layer that was registered with PEFT for a custom layer."""
 

@@ -4,8 +4,9 @@ An entry of a list of targets matches a name that equals it, or ends with it at 
 expression for the whole name.
 """
 
+import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from peft import LoraConfig
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -38,6 +39,33 @@ def write_targets(config: LoraConfig, kept: Sequence[str], removed: Sequence[str
         config.layers_to_transform = config.layers_pattern = None
 
 
+def require_all_matched(config: LoraConfig, module_names: Sequence[str], parameter_names: Sequence[str]) -> None:
+    """Refuse a config with an entry that matches nothing in the model, which PEFT ignores if another entry matches.
+
+    Raises `ValueError`, which names the entry and the nearest names in the model.
+    """
+    modules = [] if isinstance(config.target_modules, str) else config.target_modules or []
+    parameters = getattr(config, "target_parameters", None) or []
+    for field, entries, names in (
+        ("target_modules", modules, module_names),
+        ("target_parameters", parameters, parameter_names),
+    ):
+        unmatched = sorted(set(entries).difference(*map(_endings, names)))
+        if unmatched:
+            raise ValueError(
+                f"{unmatched[0]!r} in {field} matches nothing in the model: remove or correct it."
+                f"{nearest_names(unmatched[0], names)}"
+            )
+
+
+def nearest_names(entry: str, names: Iterable[str]) -> str:
+    """A sentence with the names of the model that are most like an entry; empty if none is."""
+    depth = entry.count(".") + 1
+    known = {".".join(name.split(".")[-depth:]) for name in names}
+    found = difflib.get_close_matches(entry, sorted(known - {""}))
+    return f" Near it are {', '.join(map(repr, found))}." if found else ""
+
+
 def is_expression(target_modules: Collection[str] | str | None) -> bool:
     """Whether a `target_modules` is a regular expression, and not a list or `"all-linear"`."""
     return isinstance(target_modules, str) and target_modules.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -64,5 +92,10 @@ def _require_distinguishable(kept: Collection[str], removed: Sequence[str]) -> N
 
 def _matches(entries: Collection[str], name: str) -> bool:
     """Whether a list of targets matches a name, as in PEFT, in time that does not grow with the list."""
+    return any(ending in entries for ending in _endings(name))
+
+
+def _endings(name: str) -> list[str]:
+    """A name and what follows each dot in it."""
     parts = name.split(".")
-    return any(".".join(parts[first:]) in entries for first in range(len(parts)))
+    return [".".join(parts[first:]) for first in range(len(parts))]

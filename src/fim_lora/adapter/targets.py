@@ -19,7 +19,7 @@ from .checks import require_initialization, require_resizable_form
 from .lora_layers import adapter_layers
 from .patterns import resolve_pattern
 from .pending_config import awaits_ranks, final_initialization
-from .target_modules import is_expression
+from .target_modules import is_expression, require_all_matched
 
 _FLATTENED = (
     "FullyShardedDataParallel flattens the parameters, so PEFT cannot see their names and shapes: use FSDP2 "
@@ -40,8 +40,9 @@ def convert_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Tar
 
     Raises:
         TypeError: If a layer's class is not supported.
-        ValueError: If PEFT finds nothing to adapt or ties adapters, the config is not a LoRA config, or it awaits its
-            ranks and PEFT does not have its initialization for a layer.
+        ValueError: If PEFT finds nothing to adapt, an entry of a list of targets matches nothing, PEFT ties adapters,
+            the config is not a LoRA config, or it awaits its ranks and PEFT does not have its initialization for a
+            layer.
     """
     if not isinstance(config, LoraConfig):
         raise ValueError(f"peft_config must be a LoraConfig, got {type(config).__name__}.")
@@ -54,6 +55,7 @@ def convert_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Tar
     injected = _injectable(config)
     clones: dict[int, tuple[nn.Module, nn.Module]] = {}
     skeleton = _skeleton(model, clones)
+    names = [[name for name, _ in found] for found in (skeleton.named_modules(), skeleton.named_parameters())]
     _inject(skeleton, injected, model, is_flattened)
     _require_untied(injected)
     originals = {id(clone): original for original, clone in clones.values()}
@@ -63,6 +65,8 @@ def convert_targets(model: nn.Module, config: LoraConfig) -> tuple[dict[str, Tar
         require_initialization(base_layers, final_initialization(config))
     if is_flattened:
         _require_parameters(config, targets)
+    if config.target_modules is not None:  # otherwise they are PEFT's for this kind of model
+        require_all_matched(injected, *names)
     targets = {
         name: dataclasses.replace(target, module=originals[id(target.module)]) for name, target in targets.items()
     }

@@ -138,9 +138,9 @@ def convnext():
 
 def test_depthwise_convolutions_of_a_vision_model():
     """Ranks in steps of the groups: 4 and 8 channels."""
-    config = fim_lora_config(
-        r=8, batches=2, target_modules=("dwconv", "depthwise_conv", "pwconv1", "pointwise_conv1", "patch_embeddings")
-    )
+    named_as_before = hasattr(convnext().convnext.encoder.stages[0].layers[0], "dwconv")
+    names = ("dwconv", "pwconv1") if named_as_before else ("depthwise_conv", "pointwise_conv1")
+    config = fim_lora_config(r=8, batches=2, target_modules=(*names, "patch_embeddings"))
     images = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     batches = [{"pixel_values": x, "labels": torch.tensor([0, 1, 2])} for x in images]
     model = get_peft_model(convnext(), config)
