@@ -78,7 +78,8 @@ def test_the_first_moment_is_the_average_of_gradients_of_the_new_factors(kind, o
     before = logits(model)
     optimizer = kind(trained_parameters(model), lr=0.0, betas=BETAS)
     frozen_steps(model, optimizer)
-    assert set(cut(model, optimizer).ranks.values()) == {KEPT}
+    # Without data the components of zero are the ones that go; with data they may be worth more than harmful ones.
+    assert set(cut(model, optimizer, batches=None).ranks.values()) == {KEPT}
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
 
     parameters = trained_parameters(model)
@@ -225,7 +226,7 @@ def test_a_training_goes_on_without_a_jump():
         losses = []
         for step in range(10):
             if is_cut and step == 5:
-                assert set(cut(model, optimizer).ranks.values()) == {KEPT}
+                assert set(cut(model, optimizer, batches=None).ranks.values()) == {KEPT}
             loss = model(**BATCHES[step % len(BATCHES)]).loss
             loss.backward()
             losses.append(loss.item())

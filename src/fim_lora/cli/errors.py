@@ -12,6 +12,8 @@ import datasets
 import torch
 import transformers
 
+from ..runtime.user_warnings import FimLoraWarning
+
 DEBUG_VARIABLE = "FIM_LORA_DEBUG"
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -51,7 +53,8 @@ def warnings_as_lines() -> Iterator[None]:
     """Print warnings of fim_lora as lines, and hide warnings of libraries, which are meant for programmers."""
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
-        if Path(filename).is_relative_to(_PACKAGE) and issubclass(category, UserWarning):
+        is_own = issubclass(category, FimLoraWarning) or Path(filename).is_relative_to(_PACKAGE)
+        if is_own and issubclass(category, UserWarning):
             warn(str(message))
 
     with warnings.catch_warnings():
