@@ -36,7 +36,7 @@ def assert_spectrum(found):
     for name, layer in expected.items():
         assert measured[name].fingerprint == layer.fingerprint
         for field in ("saliencies", "gains"):
-            values = list(getattr(layer, field))
+            values = list(map(float, getattr(layer, field)))
             tolerance = 1e-5 * max(map(abs, values))
             assert list(getattr(measured[name], field)) == pytest.approx(values, rel=1e-4, abs=tolerance)
     assert "is sharded" in found["error"]
