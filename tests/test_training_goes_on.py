@@ -128,7 +128,14 @@ def sources(old, new):
     return rows, (new * old[rows]).sum(1) / old[rows].square().sum(1)
 
 
-@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, Accelerator(cpu=True).prepare])
+# Made in the test, because another test may reset the state that all accelerators share.
+WRAPPERS = {
+    "plain": lambda optimizer: optimizer,
+    "prepared": lambda optimizer: Accelerator(cpu=True).prepare(optimizer),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_the_steps_after_the_cut_are_those_of_an_optimizer_with_that_state(wrap):
     """The optimizer goes on with its groups, parameters and state, prepared by Accelerate or not."""
     model = adapter()
