@@ -54,11 +54,11 @@ def require_all_matched(config: LoraConfig, module_names: Sequence[str], paramet
         if unmatched:
             raise ValueError(
                 f"{unmatched[0]!r} in {field} matches nothing in the model: remove or correct it."
-                f"{nearest_names(unmatched[0], names)}"
+                f"{_nearest_names(unmatched[0], names)}"
             )
 
 
-def nearest_names(entry: str, names: Iterable[str]) -> str:
+def _nearest_names(entry: str, names: Iterable[str]) -> str:
     """A sentence with the names of the model that are most like an entry; empty if none is."""
     depth = entry.count(".") + 1
     known = {".".join(name.split(".")[-depth:]) for name in names}

@@ -216,13 +216,17 @@ class PathMoments:
         """Mean number of loss terms of an example."""
         return (self.whole.num_loss_terms + self.scaled.num_loss_terms) / self.num_examples
 
+    @property
+    def _present(self) -> AdapterMoments:
+        return self.scaled if self.is_scaled else self.whole
+
     def measure(self, layer: TargetLayer, calls: Sequence[LayerCall], rows: BatchRows) -> MeasuredLayer:
         """The moments of one layer in the present batch."""
-        return (self.scaled if self.is_scaled else self.whole).measure(layer, calls, rows)
+        return self._present.measure(layer, calls, rows)
 
     def add(self, measured: Mapping[str, MeasuredLayer], batch_size: int | None, loss: Tensor | None) -> None:
         """Add the present batch; see `AdapterMoments.add`."""
-        (self.scaled if self.is_scaled else self.whole).add(measured, batch_size, loss)
+        self._present.add(measured, batch_size, loss)
 
     def merge(self, others: Sequence[PathMoments]) -> PathMoments:
         """The moments over the batches of all processes."""
