@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -34,10 +32,6 @@ SCALING = 2
 
 CUSTOMARY_LEARNING_RATE = 2e-4
 
-GERMAN_FILE = "plone.po"
-"""The German catalog of `plone.app.locales`, `locales/de/LC_MESSAGES/plone.po` in its source package."""
-
-_SHORTEST_TEXT = 40
 _POSITIONS = 128
 
 
@@ -63,29 +57,11 @@ class Run:
         return f"{self.task}-r{self.r}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
-def _german_texts(folder: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The longer messages of the catalog; every eighth is for the test."""
-    content = (Path(folder) / GERMAN_FILE).read_text(encoding="utf-8")
-    found = re.findall(r'^msgstr ((?:"(?:[^"\\]|\\.)*"\s*)+)', content, re.MULTILINE)
-    texts = ["".join(json.loads(part) for part in re.findall(r'"(?:[^"\\]|\\.)*"', message)) for message in found[1:]]
-    rows = [{"text": text} for text in sorted({text for text in texts if len(text) >= _SHORTEST_TEXT})]
-    random.Random(0).shuffle(rows)
-    return rows[len(rows) // 8 :], rows[: len(rows) // 8]
-
-
 # Learning rates are the grid of which the best one, by the loss on the development split, is the tuned one.
 BENCHMARK_TASKS = {
     "banking77": replace(TASKS["banking77"], learning_rates=(1e-3, 2e-3, 4e-3), steps=300, max_length=48),
     "gsm8k": replace(TASKS["gsm8k"], learning_rates=(1e-3, 3e-3), batch_size=4, steps=60, max_length=_POSITIONS),
-    "german": replace(
-        TASKS["gsm8k"],
-        name="german",
-        read=_german_texts,
-        learning_rates=(1e-3, 3e-3),
-        batch_size=4,
-        steps=60,
-        max_length=_POSITIONS,
-    ),
+    "german": replace(TASKS["german"], learning_rates=(1e-3, 3e-3)),
 }
 """The tasks by name. The two language tasks are short enough for a computer without a GPU."""
 
@@ -118,8 +94,7 @@ class Workshop:
         """The data of a task, and the padding token."""
         if task.name not in self._splits:
             tokenizer = load_tokenizer(self.models[task.causal])
-            packed = task.name == "german"
-            splits = _packed_splits(task, self.source, tokenizer) if packed else _splits(task, self.source, tokenizer)
+            splits = _splits(task, self.source, tokenizer)
             self._splits[task.name] = splits, tokenizer.pad_token_id
         return self._splits[task.name]
 
@@ -209,17 +184,3 @@ def _answered(examples: Sequence[Example]) -> list[Example]:
         for example in examples
         if isinstance(example.labels, int) or any(label != -100 for label in example.labels[1:])
     ]
-
-
-def _packed_splits(task: Task, source: str, tokenizer: Any) -> Splits:
-    """Texts one after another, cut into examples of equal length; every token has a label."""
-    train, test = (_packed(rows, tokenizer, task.max_length) for rows in task.read(source))
-    size = task.development_size
-    return Splits(train[size:], train[:size], test[: task.test_size], 0)
-
-
-def _packed(rows: Sequence[dict[str, Any]], tokenizer: Any, length: int) -> list[Example]:
-    texts = [tokenizer(row["text"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for row in rows]
-    ids = [token for text in texts for token in text]
-    chunks = [ids[first : first + length] for first in range(0, len(ids) - length + 1, length)]
-    return [Example(chunk, list(chunk)) for chunk in chunks]

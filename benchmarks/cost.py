@@ -1,4 +1,4 @@
-"""Measure the cost of choosing the ranks: time and memory of a calibration next to plain LoRA, EVA and LoRA-GA.
+"""Measure the cost of choosing ranks and of shrinking an adapter, next to plain LoRA, EVA and LoRA-GA.
 
     python benchmarks/cost.py MODEL
 
@@ -9,6 +9,7 @@ is no padding.
 - `lora`, the reference: forward and backward passes of plain LoRA in training mode, without an optimizer.
 - `fim-dataloader`: `get_fim_scores` on an adapter that awaits its ranks.
 - `fim-own-loop`: forward and backward passes of an adapter that awaits its ranks, observed by its hooks.
+- `fim-spectrum`: `get_lora_spectrum` on an adapter with random B, as before a compression.
 - `eva`: `get_eva_state_dict`, which cycles through the batches until its components have converged.
 - `lora-ga`: `preprocess_loraga`, which needs the gradients of the full weights.
 
@@ -56,6 +57,7 @@ from cost_methods import (
     number_of_layers,
     resolved_targets,
     tiny_batches,
+    truncation_seconds,
 )
 from cost_report import print_report
 from cost_shapes import PREFIX, in_four_bits, random_batches, random_model
@@ -204,6 +206,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     rows = time_rows(arguments, case, batches, device)
     report["limit"] = physical_limit(case, arguments.batch_size, arguments.length, device)
     report["allocation_seconds"] = statistics.median(allocation_seconds(case, batches[:1], arguments.repeats))
+    report["truncation_seconds"] = statistics.median(truncation_seconds(case, batches[:1], arguments.repeats))
     with_breakdown = CALIBRATION in arguments.methods and not arguments.no_breakdown
     breakdown = break_down(case, batches, device, arguments.repeats) if with_breakdown else None
     if not arguments.no_memory:

@@ -21,13 +21,21 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fim_lora import FimConfig, FimScores, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import (
+    FimConfig,
+    FimScores,
+    LoraSpectrum,
+    compress_lora,
+    get_fim_scores,
+    get_lora_spectrum,
+    initialize_lora_fim_ranks,
+)
 from fim_lora.fisher.gradients.norms import squared_norms
 from fim_lora.fisher.layers import attention as attention_layers
 from fim_lora.fisher.layers import linear as linear_layers
 
 Batch = dict[str, Tensor]
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 TEXT_MODULES = (
     "argparse", "collections", "configparser", "datetime", "decimal", "difflib", "email.message", "fractions",
@@ -35,6 +43,8 @@ TEXT_MODULES = (
     "statistics", "string", "subprocess", "tarfile", "textwrap", "threading", "typing", "unittest", "zipfile",
 )  # fmt: skip
 """Modules of the standard library whose docstrings are the default text."""
+
+_STANDARD_DEVIATION_OF_B = 1e-3
 
 
 # --- Model and batches -------------------------------------------------------------------------------------------
@@ -188,6 +198,25 @@ def prepare_fim_own_loop(case: Case, batches: list[Batch]) -> Run:
     return lambda: forward_backward(model, batches)
 
 
+def prepare_spectrum(case: Case, batches: list[Batch]) -> Run:
+    """The calibration before a compression, with its decompositions, on an adapter as after a training."""
+    model = _as_if_trained(case)
+    return lambda: _measure_spectrum(model, batches)
+
+
+def _as_if_trained(case: Case) -> PeftModel:
+    model = case.adapter()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, _STANDARD_DEVIATION_OF_B)
+    return model
+
+
+def _measure_spectrum(model: nn.Module, batches: list[Batch]) -> LoraSpectrum:
+    return get_lora_spectrum(model, batches, num_batches=len(batches), show_progress_bar=False)
+
+
 @dataclass
 class EvaRun:
     """A run of EVA over the batches that counts the forward passes.
@@ -252,6 +281,7 @@ METHODS = {
     "fim-dataloader": Method("FIM calibration, dataloader", prepare_fim_dataloader),
     "fim-own-loop": Method("FIM hooks in a LoRA loop", prepare_fim_own_loop),
     "fim-exact": Method("FIM calibration, dataloader, exact", partial(prepare_fim_dataloader, exact=True)),
+    "fim-spectrum": Method("calibration of a trained adapter", prepare_spectrum),
     "eva": Method("EVA until convergence", prepare_eva),
     "lora-ga": Method("LoRA-GA gradients", prepare_lora_ga),
 }
@@ -304,6 +334,29 @@ def allocation_seconds(case: Case, batches: list[Batch], repeats: int) -> list[f
         synchronize(batches[0]["input_ids"].device)
         start = perf_counter()
         initialize_lora_fim_ranks(model, fim_scores=scores)
+        synchronize(batches[0]["input_ids"].device)
+        seconds.append(perf_counter() - start)
+    return seconds
+
+
+def truncation_seconds(case: Case, batches: list[Batch], repeats: int) -> list[float]:
+    """Seconds to decide what an adapter keeps at a quarter of its size, and to truncate it.
+
+    Args:
+        case: The model.
+        batches: Calibration batches for the spectrum. The calibration is not timed.
+        repeats: Number of repeats.
+
+    Returns:
+        Seconds of each repeat.
+    """
+    seconds = []
+    for _ in range(repeats):
+        model = _as_if_trained(case)
+        spectrum = _measure_spectrum(model, batches)
+        synchronize(batches[0]["input_ids"].device)
+        start = perf_counter()
+        compress_lora(model, spectrum, keep=0.25)
         synchronize(batches[0]["input_ids"].device)
         seconds.append(perf_counter() - start)
     return seconds

@@ -30,6 +30,7 @@ def print_report(report: dict[str, Any], rows: list[Row], breakdown: Breakdown |
         f"second. Plain LoRA takes {per_batch:.2f} s, {per_batch / limit['seconds_per_batch']:.2f} times as long."
     )
     print(f"Allocation and re-initialization with given scores: {report['allocation_seconds']:.3f} s")
+    print(f"Truncation of an adapter with a given spectrum: {report['truncation_seconds']:.3f} s")
     settings, machine = report["settings"], report["machine"]
     print("\n" + ", ".join(f"{name} {value}" for name, value in settings.items()))
     print(", ".join(f"{name} {value}" for name, value in machine.items()))

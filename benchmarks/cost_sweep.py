@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from cost_shapes import PREFIX
 
-LOOP, LOADER, EXACT, LORA_GA = "fim-own-loop", "fim-dataloader", "fim-exact", "lora-ga"
+LOOP, LOADER, EXACT, SPECTRUM = "fim-own-loop", "fim-dataloader", "fim-exact", "fim-spectrum"
+LORA_GA = "lora-ga"
 
 
 class Point(NamedTuple):
@@ -33,7 +34,7 @@ class Point(NamedTuple):
     batch_size: int
     length: int
     batches: int = 1
-    methods: tuple[str, ...] = (LOADER, LOOP)
+    methods: tuple[str, ...] = (LOADER, LOOP, SPECTRUM)
     dtype: str = "float32"
     four_bits: bool = False
     repeats: int = 3
@@ -47,9 +48,9 @@ class Point(NamedTuple):
         return f"{self.shape}-b{self.batch_size}-t{self.length}{variant}.json"
 
 
-_WITH_EXACT = (LOADER, LOOP, EXACT)
-_WITH_LORA_GA = (LOADER, LOOP, LORA_GA)
-_WITH_BOTH = (LOADER, LOOP, EXACT, LORA_GA)
+_WITH_EXACT = (LOADER, LOOP, EXACT, SPECTRUM)
+_WITH_LORA_GA = (LOADER, LOOP, SPECTRUM, LORA_GA)
+_WITH_BOTH = (LOADER, LOOP, EXACT, SPECTRUM, LORA_GA)
 POINTS = (
     Point("smollm2-135m", 4, 64, 4, _WITH_LORA_GA, repeats=5),
     Point("smollm2-135m", 4, 128, 2, _WITH_LORA_GA, repeats=5),
@@ -76,7 +77,9 @@ BFLOAT16_POINTS = (
 def _on_gpu(
     shape: str, batch_size: int, length: int, batches: int, *more_methods: str, four_bits: bool = False
 ) -> Point:
-    return Point(shape, batch_size, length, batches, (LOADER, LOOP, *more_methods), "bfloat16", four_bits, 5, gpu=True)
+    return Point(
+        shape, batch_size, length, batches, (LOADER, LOOP, SPECTRUM, *more_methods), "bfloat16", four_bits, 5, gpu=True
+    )
 
 
 GPU_POINTS = (
@@ -111,9 +114,10 @@ def measure(point: Point, folder: Path) -> None:
 def as_markdown(reports: list[dict[str, Any]]) -> str:
     """Format the reports as a Markdown table."""
     lines = [
-        "| model | B × T | plain LoRA, s | over the limit | dataloader | own loop | dataloader, exact | LoRA-GA "
-        "| extra peak, dataloader | extra peak, own loop | allocation, steps |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | B × T | plain LoRA, s | over the limit | dataloader | own loop | dataloader, exact "
+        "| compression | LoRA-GA | extra peak, dataloader | own loop | compression | allocation, steps "
+        "| truncation, steps |",
+        "| --- | --- | " + "---: | " * 12,
     ]
     return "\n".join([*lines, *map(_line, reports)])
 
@@ -127,9 +131,10 @@ def _line(report: dict[str, Any]) -> str:
         f"{settings['batch size']} × {settings['length']}",
         f"{step:.3f}" if step < 1 else f"{step:.2f}",
         f"{step / report['limit']['seconds_per_batch']:.2f}",
-        *(_ratio(rows.get(method)) for method in (LOADER, LOOP, EXACT, LORA_GA)),
-        *(f"{rows[method]['extra_peak_ratio']:.2f}" for method in (LOADER, LOOP)),
-        f"{report['allocation_seconds'] / step:.2f}",
+        *(_ratio(rows.get(method)) for method in (LOADER, LOOP, EXACT, SPECTRUM, LORA_GA)),
+        *(_number(rows.get(method, {}).get("extra_peak_ratio")) for method in (LOADER, LOOP, SPECTRUM)),
+        _number(report["allocation_seconds"] / step),
+        _number(report["truncation_seconds"] / step if "truncation_seconds" in report else None),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -137,6 +142,10 @@ def _line(report: dict[str, Any]) -> str:
 def _model(settings: dict[str, Any]) -> str:
     precision = "" if settings["dtype"] == "float32" else f", {settings['dtype']}"
     return f"{settings['model'].removeprefix(PREFIX)}{precision}{', NF4' * settings.get('four bits', False)}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _ratio(row: dict[str, Any] | None) -> str:

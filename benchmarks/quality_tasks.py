@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,7 @@ class Task:
         max_length: Largest number of tokens in an example.
         development_size: Examples in the development split, which are taken from the training rows.
         test_size: Largest number of examples in the test split.
+        is_packed: Whether texts stand one after another, cut into examples of `max_length` tokens.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Task:
     max_length: int
     development_size: int
     test_size: int
+    is_packed: bool = False
 
 
 def _banking77(source: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -109,6 +112,24 @@ def _with_names(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _gsm8k(source: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return _rows(source, ("gsm8k_train.jsonl", "gsm8k_test.jsonl"), ("openai/gsm8k", "main"))
+
+
+GERMAN_FILE = "plone.po"
+"""The German catalog of `plone.app.locales`, `locales/de/LC_MESSAGES/plone.po` in its source package."""
+
+_SHORTEST_TEXT = 40
+
+
+def _german(source: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The longer messages of the catalog; every eighth is for the test."""
+    if source == HUB:
+        raise ValueError(f"The German texts are not on the hub: pass the folder with {GERMAN_FILE} as --data.")
+    content = (Path(source) / GERMAN_FILE).read_text(encoding="utf-8")
+    found = re.findall(r'^msgstr ((?:"(?:[^"\\]|\\.)*"\s*)+)', content, re.MULTILINE)
+    texts = ["".join(json.loads(part) for part in re.findall(r'"(?:[^"\\]|\\.)*"', message)) for message in found[1:]]
+    rows = [{"text": text} for text in sorted({text for text in texts if len(text) >= _SHORTEST_TEXT})]
+    random.Random(0).shuffle(rows)
+    return rows[len(rows) // 8 :], rows[: len(rows) // 8]
 
 
 def _rows(
@@ -139,6 +160,7 @@ _SHORT_TASKS = (
     Task("banking77", "accuracy", _banking77, False, _BERT_TARGETS, (1e-3, 2e-3, 4e-3, 8e-3), 16, 120, 48, 400, 1000),
     Task("sst2", "accuracy", _sst2, False, _BERT_TARGETS, (5e-4, 1e-3, 2e-3, 4e-3), 16, 120, 48, 400, 1000),
     Task("gsm8k", "loss", _gsm8k, True, _LLAMA_TARGETS, (1e-3, 2e-3, 4e-3, 8e-3), 2, 40, 192, 32, 64),
+    Task("german", "loss", _german, True, _LLAMA_TARGETS, (2e-3, 4e-3, 8e-3), 4, 60, 128, 32, 64, is_packed=True),
 )
 _LONG_TASKS = (
     Task("banking77-long", "accuracy", _banking77, False, _BERT_TARGETS, (1e-3, 2e-3, 4e-3), 32, 400, 48, 400, 1000),
@@ -147,8 +169,8 @@ _LONG_TASKS = (
 TASKS = {task.name: task for task in (*_SHORT_TASKS, *_LONG_TASKS)}
 """The tasks by name."""
 
-DEFAULT_TASKS = [task.name for task in _SHORT_TASKS]
-"""The short tasks. The long ones train on 7 and 12 times as many examples and need a GPU."""
+DEFAULT_TASKS = [task.name for task in _SHORT_TASKS if task.name != "german"]
+"""The short tasks whose data are on the hub. The long ones train on 7 and 12 times as many examples and need a GPU."""
 
 
 def load_splits(task: Task, source: str, tokenizer: Any) -> Splits:
@@ -163,6 +185,10 @@ def load_splits(task: Task, source: str, tokenizer: Any) -> Splits:
         The splits, which are the same in every run.
     """
     train, test = task.read(source)
+    size = task.development_size
+    if task.is_packed:
+        packed, packed_test = (_packed(rows, tokenizer, task.max_length) for rows in (train, test))
+        return Splits(packed[size:], packed[:size], packed_test[: task.test_size], 0)
     shuffle = random.Random(_SPLIT_SEED)
     shuffle.shuffle(train)
     shuffle.shuffle(test)
@@ -171,7 +197,6 @@ def load_splits(task: Task, source: str, tokenizer: Any) -> Splits:
     examples = [
         [encode(row, tokenizer, task.max_length, names) for row in rows] for rows in (train, test[: task.test_size])
     ]
-    size = task.development_size
     return Splits(examples[0][size:], examples[0][:size], examples[1], len(names))
 
 
@@ -186,6 +211,13 @@ def _encode_solution(row: dict[str, Any], tokenizer: Any, max_length: int, names
     answer = tokenizer(row["answer"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     labels = [-100] * len(question) + answer
     return Example((question + answer)[:max_length], labels[:max_length], question, row["answer"])
+
+
+def _packed(rows: Sequence[dict[str, Any]], tokenizer: Any, length: int) -> list[Example]:
+    texts = [tokenizer(row["text"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"] for row in rows]
+    ids = [token for text in texts for token in text]
+    chunks = [ids[first : first + length] for first in range(0, len(ids) - length + 1, length)]
+    return [Example(chunk, list(chunk)) for chunk in chunks]
 
 
 def load_tokenizer(source: str) -> Any:

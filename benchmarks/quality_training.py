@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from quality_cuts import CUTS, CutTraining
 from quality_methods import METHODS as COMPARED_METHODS
-from quality_methods import Setting, adapter_parameters
+from quality_methods import Method, Setting, adapter_parameters
 from quality_results import Run
 from quality_tasks import (
     HUB,
@@ -35,7 +36,7 @@ from quality_tasks import (
 )
 from quality_variants import VARIANTS
 
-METHODS = COMPARED_METHODS | VARIANTS
+METHODS: dict[str, Method] = COMPARED_METHODS | VARIANTS | CUTS
 """All methods and variants by name."""
 
 WARM_UP = 0.1
@@ -169,13 +170,22 @@ class Bench:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer, schedule = optimizer_and_schedule(model, run.learning_rate, run.steps)
         update_ranks = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
+        cuts = None
+        if run.method in CUTS:
+            cuts = CutTraining(CUTS[run.method], model, optimizer, run.rank, run.steps, run.seed)
         torch.manual_seed(2000 + run.seed)
         for step, batch in enumerate(data):
             start = self._synchronized_time()
             model.train()
+            if cuts is not None:
+                cuts.begin_step(step)
             model(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            if cuts is not None:
+                cuts.before_optimizer()
             optimizer.step()
+            if cuts is not None:
+                cuts.end_step(step)
             schedule.step()
             if update_ranks is not None:
                 update_ranks(step)

@@ -1,0 +1,137 @@
+"""Methods that begin with a wide adapter and cut it once or several times during the training.
+
+They cut by the code of `FimCompressionCallback`, from the passes of the training itself. The last cut leaves at most
+the parameters of uniform LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fim_lora import LoraSpectrum, compress_lora, get_lora_spectrum
+from fim_lora.trainer.wide_phase import WidePhase, WideSettings
+from quality_methods import Setting
+
+NUM_BATCHES = 8
+"""Batches before a cut that give the spectrum, as many as calibration batches of the other methods."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A method that begins with a wide adapter and cuts it during the training.
+
+    Attributes:
+        factor: The first rank is this many times the rank of uniform LoRA.
+        shares: Shares of the steps after which the adapter is cut. The ranks before and between the cuts are in
+            geometric progression.
+        rate: Power of `r / R` by which the learning rate of an adapter of rank R is multiplied.
+        fresh_optimizer: Whether the optimizer loses its state of the adapter at a cut.
+        criterion: `"fim"`, `"norm"` (squared singular values per parameter, without data) or `"random"`.
+    """
+
+    factor: int = 4
+    shares: tuple[float, ...] = (0.2,)
+    rate: float = 1.0
+    fresh_optimizer: bool = False
+    criterion: str = "fim"
+
+    def __call__(self, setting: Setting) -> Any:
+        """The model with the wide adapter."""
+        return setting.adapted(setting.config(self.factor * setting.rank))
+
+    def phases(self, rank: int, steps: int) -> list[WideSettings]:
+        """The phases before each cut, for uniform LoRA of this rank and this number of steps."""
+        phases: list[WideSettings] = []
+        for index, share in enumerate(self.shares):
+            present, after = (rank * self.factor ** (1 - done / len(self.shares)) for done in (index, index + 1))
+            start, cut_step = phases[-1].cut_step if phases else 1, math.ceil(share * steps - 1e-6)
+            first = max(cut_step - NUM_BATCHES, start)
+            scale = (rank / present) ** self.rate
+            phases.append(WideSettings("default", round(after), scale, first, cut_step, NUM_BATCHES))
+        return phases
+
+
+class CutTraining:
+    """The cuts of one training. Its methods are called at the events of a trainer, as those of a callback.
+
+    Args:
+        cut: What to do.
+        model: The model with the wide adapter.
+        optimizer: Its optimizer.
+        rank: Rank of uniform LoRA.
+        steps: Steps of the training.
+        seed: Seed of random components.
+    """
+
+    def __init__(self, cut: Cut, model: Any, optimizer: Any, rank: int, steps: int, seed: int) -> None:
+        self._cut, self._model, self._optimizer, self._seed = cut, model, optimizer, seed
+        self._phases = cut.phases(rank, steps)
+        self._phase = self._next_phase()
+
+    def _next_phase(self) -> WidePhase | None:
+        return WidePhase(self._model, self._optimizer, self._phases.pop(0)) if self._phases else None
+
+    def begin_step(self, step: int) -> None:
+        """The passes of a step begin. Steps are counted from 0."""
+        if self._phase is not None:
+            self._phase.begin_step(step)
+
+    def before_optimizer(self) -> None:
+        """The optimizer is about to step."""
+        if self._phase is not None:
+            self._phase.scale_rates()
+
+    def end_step(self, step: int) -> None:
+        """The optimizer has taken this step, and the schedule has not."""
+        if self._phase is None:
+            return
+        self._phase.restore_rates()
+        if step + 1 < self._phase.settings.cut_step:
+            return
+        if self._cut.criterion == "fim":
+            self._phase.cut()
+        else:
+            self._phase.stop()
+            spectrum = get_lora_spectrum(self._model, None)
+            if self._cut.criterion == "random":
+                spectrum = _shuffled(spectrum, self._seed)
+            compress_lora(self._model, spectrum, r=self._phase.settings.r, optimizer=self._optimizer)
+        if self._cut.fresh_optimizer:
+            self._forget()
+        self._phase = self._next_phase()
+
+    def _forget(self) -> None:
+        """Drop the state of the adapter, which is in the first group."""
+        for parameter in self._optimizer.param_groups[0]["params"]:
+            self._optimizer.state.pop(parameter, None)
+
+
+def _shuffled(spectrum: LoraSpectrum, seed: int) -> LoraSpectrum:
+    """The same components with random values, in which case an order of them is a random order."""
+    generator = np.random.default_rng(seed)
+    layers = {
+        name: replace(layer, squared_norms=generator.random(layer.num_components, np.float32))
+        for name, layer in spectrum.items()
+    }
+    return LoraSpectrum(layers)
+
+
+CUTS: dict[str, Cut] = {
+    "cut": Cut(),
+    "cut-2x": Cut(factor=2),
+    "cut-8x": Cut(factor=8),
+    "cut-10%": Cut(shares=(0.1,)),
+    "cut-30%": Cut(shares=(0.3,)),
+    "cut-50%": Cut(shares=(0.5,)),
+    "cut-twice": Cut(shares=(0.1, 0.2)),
+    "cut-full-rate": Cut(rate=0.0),
+    "cut-root-rate": Cut(rate=0.5),
+    "cut-fresh-optimizer": Cut(fresh_optimizer=True),
+    "cut-by-norm": Cut(criterion="norm"),
+    "cut-random": Cut(criterion="random"),
+}
+"""The methods that cut, by name: from four times the rank after 20 % of the steps, or with one change of that."""
