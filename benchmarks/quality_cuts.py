@@ -7,6 +7,7 @@ the parameters of uniform LoRA.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from fim_lora import LoraSpectrum, compress_lora, get_lora_spectrum
 from fim_lora.trainer.wide_phase import WidePhase, WideSettings
-from quality_methods import Setting
+from quality_methods import Setting, by_scores, fim_scores
+from quality_tasks import Batch
 
 NUM_BATCHES = 8
 """Batches before a cut that give the spectrum, as many as calibration batches of the other methods."""
@@ -30,7 +32,9 @@ class Cut:
             geometric progression.
         rate: Power of `r / R` by which the learning rate of an adapter of rank R is multiplied.
         fresh_optimizer: Whether the optimizer loses its state of the adapter at a cut.
-        criterion: `"fim"`, `"norm"` (squared singular values per parameter, without data) or `"random"`.
+        criterion: `"fim"`, `"fim-with-gains"` (by `get_lora_spectrum` on the last batches, which takes passes of its
+            own), `"norm"` (squared singular values per parameter, without data) or `"random"`.
+        fim_ranks: Whether the wide adapter has FIM ranks.
     """
 
     factor: int = 4
@@ -38,10 +42,16 @@ class Cut:
     rate: float = 1.0
     fresh_optimizer: bool = False
     criterion: str = "fim"
+    fim_ranks: bool = False
 
     def __call__(self, setting: Setting) -> Any:
         """The model with the wide adapter."""
-        return setting.adapted(setting.config(self.factor * setting.rank))
+        wide = replace(setting, rank=self.factor * setting.rank)
+        return (
+            by_scores(wide, fim_scores(setting), budget="parameters")
+            if self.fim_ranks
+            else wide.adapted(wide.config())
+        )
 
     def phases(self, rank: int, steps: int) -> list[WideSettings]:
         """The phases before each cut, for uniform LoRA of this rank and this number of steps."""
@@ -70,39 +80,44 @@ class CutTraining:
     def __init__(self, cut: Cut, model: Any, optimizer: Any, rank: int, steps: int, seed: int) -> None:
         self._cut, self._model, self._optimizer, self._seed = cut, model, optimizer, seed
         self._phases = cut.phases(rank, steps)
+        self._batches: deque[Batch] = deque(maxlen=NUM_BATCHES)
         self._phase = self._next_phase()
 
     def _next_phase(self) -> WidePhase | None:
         return WidePhase(self._model, self._optimizer, self._phases.pop(0)) if self._phases else None
 
-    def begin_step(self, step: int) -> None:
+    def begin_step(self, step: int, batch: Batch) -> None:
         """The passes of a step begin. Steps are counted from 0."""
         if self._phase is not None:
             self._phase.begin_step(step)
+            self._batches.append(batch)
 
     def before_optimizer(self) -> None:
         """The optimizer is about to step."""
         if self._phase is not None:
-            self._phase.scale_rates()
+            self._phase.before_update()
 
     def end_step(self, step: int) -> None:
         """The optimizer has taken this step, and the schedule has not."""
         if self._phase is None:
             return
-        self._phase.restore_rates()
+        self._phase.after_update()
         if step + 1 < self._phase.settings.cut_step:
             return
         if self._cut.criterion == "fim":
             self._phase.cut()
         else:
             self._phase.stop()
-            spectrum = get_lora_spectrum(self._model, None)
-            if self._cut.criterion == "random":
-                spectrum = _shuffled(spectrum, self._seed)
-            compress_lora(self._model, spectrum, r=self._phase.settings.r, optimizer=self._optimizer)
+            compress_lora(self._model, self._spectrum(), r=self._phase.settings.r, optimizer=self._optimizer)
         if self._cut.fresh_optimizer:
             self._forget()
         self._phase = self._next_phase()
+
+    def _spectrum(self) -> LoraSpectrum:
+        if self._cut.criterion == "fim-with-gains":
+            return get_lora_spectrum(self._model, self._batches, num_batches=NUM_BATCHES, show_progress_bar=False)
+        spectrum = get_lora_spectrum(self._model, None)
+        return _shuffled(spectrum, self._seed) if self._cut.criterion == "random" else spectrum
 
     def _forget(self) -> None:
         """Drop the state of the adapter, which is in the first group."""
@@ -133,5 +148,7 @@ CUTS: dict[str, Cut] = {
     "cut-fresh-optimizer": Cut(fresh_optimizer=True),
     "cut-by-norm": Cut(criterion="norm"),
     "cut-random": Cut(criterion="random"),
+    "cut-with-gains": Cut(criterion="fim-with-gains"),
+    "cut-from-fim-ranks": Cut(fim_ranks=True),
 }
 """The methods that cut, by name: from four times the rank after 20 % of the steps, or with one change of that."""

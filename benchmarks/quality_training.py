@@ -178,7 +178,7 @@ class Bench:
             start = self._synchronized_time()
             model.train()
             if cuts is not None:
-                cuts.begin_step(step)
+                cuts.begin_step(step, batch)
             model(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if cuts is not None:

@@ -167,7 +167,7 @@ def test_a_compiled_model_is_cut_in_the_same_way(tmp_path):
 def test_nothing_jumps_where_nothing_of_importance_is_dropped(tmp_path):
     """Six of the eight components are zero, so the losses are those of a training without the callback."""
     losses = []
-    for callbacks in ([], [FimCompressionCallback(**CUT)]):
+    for callbacks in ([], [FimCompressionCallback(**CUT, wide_scale=1.0)]):
         model = wide_model(filled=True)
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -203,29 +203,76 @@ def test_adam_goes_on_with_its_state(tmp_path):
     assert held == trained
 
 
-def test_the_rate_is_scaled_until_the_cut(tmp_path):
-    """The adapter shares its group with a trained head; a group without a part of the adapter keeps its rate."""
-    model = wide_model(modules_to_save=["lm_head"])
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    head = [weight for name, weight in weights.items() if "lm_head" in name]
-    norm = [model.base_model.model.model.norm.weight.requires_grad_()]
-    adapter = [weight for name, weight in weights.items() if "lora_" in name]
-    optimizer = torch.optim.AdamW([{"params": adapter + head, "lr": 0.01}, {"params": norm, "lr": 0.02}])
-    # It multiplies the rates that it finds.
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    used = []
-    optimizer.register_step_pre_hook(
-        lambda optimizer, *unused: used.append([group["lr"] for group in optimizer.param_groups])
-    )
-    trainer = trainer_of(
-        tmp_path, [FimCompressionCallback(**CUT, wide_scale=0.25)], model, optimizers=(optimizer, scheduler)
-    )
-    trainer.train()
-    scale = [0.25] * CUT_STEP + [1.0] * (STEPS - CUT_STEP)
-    assert [rates[0] for rates in used] == pytest.approx([0.01 * 0.5**i * scale[i] for i in range(STEPS)], rel=1e-12)
-    assert [rates[1] for rates in used] == pytest.approx([0.02 * 0.5**i for i in range(STEPS)], rel=1e-12)
+@pytest.mark.parametrize(
+    ("options", "scale"), [({}, NARROW / WIDE), ({"wide_scale": 0.5}, 0.5)], ids=["default", "given"]
+)
+def test_the_adapter_alone_has_a_smaller_rate_until_the_cut(tmp_path, options, scale):
+    """A head shares the group of the adapter. In the truth it has its own, and the adapter's rate is set by hand."""
+    weights, rates = {}, []
+    for name in ("truth", "callback"):
+        model = wide_model(modules_to_save=["lm_head"])
+        adapter = [weight for key, weight in model.named_parameters() if "lora_" in key]
+        head = [weight for key, weight in model.named_parameters() if "lm_head" in key and weight.requires_grad]
+        groups = [adapter + head] if name == "callback" else [adapter, head]
+        optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=0.01, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # it multiplies the rates that it finds
+        note = Probe(on_step_end=lambda state, kwargs: weights.update({(name, state.global_step): copied(kwargs)}))  # noqa: B023
+        if name == "truth":
+            by_hand(optimizer, scale)
+        else:
+            optimizer.register_step_pre_hook(lambda own, *_: rates.append(own.param_groups[0]["lr"]))
+        callbacks = [FimCompressionCallback(**CUT, **options)] if name == "callback" else []
+        trainer = trainer_of(tmp_path / name, [note, *callbacks], model, optimizers=(optimizer, scheduler))
+        trainer.train()
+    # `note` comes first, so it sees the wide adapter at the step of the cut.
+    torch.testing.assert_close(weights["callback", CUT_STEP], weights["truth", CUT_STEP], rtol=1e-4, atol=1e-6)
+    assert rates == pytest.approx([0.01 * 0.5**step for step in range(STEPS)], rel=1e-12)
     logged = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
-    assert logged == pytest.approx([0.01 * 0.5**i for i in range(STEPS)], rel=1e-6)
+    assert logged == pytest.approx([0.01 * 0.5**step for step in range(STEPS)], rel=1e-6)
+    before, after = (weights["callback", step] for step in (CUT_STEP, CUT_STEP + 1))
+    moved = {name: (after[name] - before[name]).abs().max() for name in after if "lm_head" in name}
+    assert all(move == pytest.approx(0.01 * 0.5**CUT_STEP, rel=0.5) for move in moved.values())
+
+
+def copied(kwargs):
+    return {name: one.detach().clone() for name, one in kwargs["model"].named_parameters() if one.requires_grad}
+
+
+def by_hand(optimizer, scale):
+    """Scale the rate of the first group, around every step."""
+
+    def scaled(own, *_):
+        own.param_groups[0]["lr"] *= scale
+
+    def restored(own, *_):
+        own.param_groups[0]["lr"] /= scale
+
+    optimizer.register_step_pre_hook(scaled)
+    optimizer.register_step_post_hook(restored)
+
+
+def test_the_adapter_has_the_whole_rate_after_the_cut(tmp_path):
+    """By SGD a weight moves by the rate times its gradient, and before the cut by a quarter of that."""
+    model = wide_model(filled=True)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3)
+    before, gradients, ratios = [], [], []
+
+    def note_before(*unused):
+        before[:] = [weight.detach().clone() for weight in trained]
+        gradients[:] = [None if weight.grad is None else weight.grad.clone() for weight in trained]
+
+    def note(state, kwargs):
+        found = zip(before, trained, gradients, strict=True)
+        ratios.append([float((old - new).norm() / grad.norm()) for old, new, grad in found if grad is not None])
+
+    optimizer.register_step_pre_hook(note_before)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1)
+    callbacks = [Probe(on_step_end=note), FimCompressionCallback(**CUT)]
+    trainer_of(tmp_path, callbacks, model, optimizers=(optimizer, scheduler)).train()
+    for step, of_step in enumerate(ratios):
+        rate = 1e-3 * (NARROW / WIDE if step < CUT_STEP else 1)
+        assert of_step == pytest.approx([rate] * len(of_step), rel=2e-3)
 
 
 def test_hooks_are_removed(tmp_path):

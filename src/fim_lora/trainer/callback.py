@@ -41,10 +41,10 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
     Args:
         r: The size after the cut: the parameters of this uniform rank. It must be smaller than the adapter is.
         at: The share of the steps after which the adapter is cut, between 0 and 1; rounded up to a whole step.
-        wide_scale: Factor on the learning rate of the adapter until the cut. Wide adapters often need a smaller rate
-            than narrow ones. It applies to every parameter group of the optimizer that holds a part of the adapter,
-            and so to other parameters in these groups, such as those of `modules_to_save`. Schedulers and logs do not
-            see it.
+        wide_scale: Factor on the learning rate of the adapter until the cut. `None` means the share of the parameters
+            that the cut leaves, `r / R` for an adapter that begins at rank R: wide adapters need a smaller rate than
+            narrow ones (`docs/evidence.md` compares). Other trained parameters keep their rate, and schedulers and
+            logs do not see the factor.
         adapter_name: The adapter.
         num_batches: Micro-batches before the cut that give the spectrum, in each process.
 
@@ -57,22 +57,27 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
         ValueError: If an argument is out of range. When the trainer is created: if several parts of the model have
             the adapter. When the training begins: if it does not exist, is not larger than `r`, or has a form that
             `compress_lora` refuses; if the cut would come before the second step; if the trainer shards the model
-            (FSDP, DeepSpeed) or uses `nn.DataParallel`; if the optimizer does not hold the adapter, or has no learning
-            rate for `wide_scale` to change; or if the checkpoint belongs to another run. When a checkpoint is loaded:
-            if its adapter is larger than that of the model.
+            (FSDP, DeepSpeed) or uses `nn.DataParallel`; if the optimizer does not hold the adapter; or if the
+            checkpoint belongs to another run. When a checkpoint is loaded: if its adapter is larger than that of the
+            model.
         TypeError: If the optimizer is not one of PyTorch, or a layer's class is not supported.
         RuntimeError: At the cut, if no batch had finite gradients, or every gradient is zero.
     """
 
     def __init__(
-        self, r: int, at: float = 0.1, wide_scale: float = 1.0, adapter_name: str = "default", num_batches: int = 8
+        self,
+        r: int,
+        at: float = 0.2,
+        wide_scale: float | None = None,
+        adapter_name: str = "default",
+        num_batches: int = 8,
     ) -> None:
         for name, value in (("r", r), ("num_batches", num_batches)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
         if not 0 < at < 1:
             raise ValueError(f"at must be between 0 and 1, a share of the training steps, got {at!r}.")
-        if not (math.isfinite(wide_scale) and wide_scale > 0):
+        if wide_scale is not None and not (math.isfinite(wide_scale) and wide_scale > 0):
             raise ValueError(
                 f"wide_scale must be positive and finite, a factor on learning rates, got {wide_scale!r}."
             )
@@ -134,16 +139,16 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Apply `wide_scale`."""
+        """The optimizer is about to step."""
         if self._phase is not None:
-            self._phase.scale_rates()
+            self._phase.before_update()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore the learning rates."""
+        """Apply `wide_scale`."""
         if self._phase is not None:
-            self._phase.restore_rates()
+            self._phase.after_update()
 
     def on_step_end(
         self,

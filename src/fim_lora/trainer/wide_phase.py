@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter.adapted_part import adapted_part
 from ..adapter.checks import require_active, require_unsharded
@@ -34,7 +34,8 @@ class WideSettings:
     Attributes:
         adapter_name: The adapter.
         r: The size after the cut: the parameters of this uniform rank.
-        wide_scale: Factor on the learning rates of the adapter until the cut.
+        wide_scale: Factor on the updates of the adapter until the cut; `None` for the share of its parameters that
+            the cut leaves.
         first_step: Number of the first optimizer step whose passes are recorded, from 0.
         cut_step: Number of optimizer steps before the cut.
         num_batches: Micro-batches that are recorded in each process.
@@ -43,7 +44,7 @@ class WideSettings:
 
     adapter_name: str
     r: int
-    wide_scale: float
+    wide_scale: float | None
     first_step: int
     cut_step: int
     num_batches: int
@@ -63,7 +64,7 @@ class WidePhase:
 
     Raises:
         ValueError: If the adapter is not larger than its size after the cut, is not active, is sharded, or has a form
-            that cannot be truncated; or if the optimizer does not hold it, or has no learning rate to scale.
+            that cannot be truncated; or if the optimizer does not hold it.
         TypeError: If the optimizer is not one of PyTorch, or a layer's class is not supported.
     """
 
@@ -75,9 +76,12 @@ class WidePhase:
         require_unsharded(model, self._layers)
         require_active(self._layers, settings.adapter_name)
         self._adapted = adapted_layers(self._part, self._layers, settings.adapter_name)
-        _require_larger(lora_config_of(self._part, settings.adapter_name).r, self._layers, self._adapted, settings)
-        self._groups = _groups_of(optimizer, self._layers, settings)
-        self._rates: list[Any] = []
+        share = _share_after_cut(
+            lora_config_of(self._part, settings.adapter_name).r, self._layers, self._adapted, settings
+        )
+        self._scale = share if settings.wide_scale is None else settings.wide_scale
+        self._weights = _trained_weights(optimizer, self._layers, settings.adapter_name)
+        self._before: list[Tensor] = []
         shapes = {name: one.shape for name, one in plain_adapters(self._layers, settings.adapter_name).items()}
         self._moments = TrainingMoments.for_training(shapes, settings.sequences_per_example)
         statistic: AdapterMoments = self._moments
@@ -94,23 +98,25 @@ class WidePhase:
         scaler = getattr(self._optimizer, "scaler", None)  # of Accelerate, for float16
         self._moments.loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
 
-    def scale_rates(self) -> None:
-        """Multiply the learning rates of the adapter by `wide_scale`."""
-        if self.settings.wide_scale == 1:
-            return
-        self._rates = [group["lr"] for group in self._groups]
-        for group in self._groups:
-            group["lr"] = group["lr"] * self.settings.wide_scale
+    def before_update(self) -> None:
+        """The optimizer is about to step."""
+        if self._scale != 1:
+            self._before = [weight.detach().clone() for weight in self._weights]
 
-    def restore_rates(self) -> None:
-        """Undo `scale_rates`, so that the scheduler finds the learning rates that it has set."""
-        for group, rate in zip(self._groups, self._rates, strict=False):
-            group["lr"] = rate
-        self._rates = []
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Scale the update that the optimizer has made.
+
+        Other weights of the same parameter group, such as a new classifier, keep theirs, and the rates that schedulers
+        and logs see do not change. For SGD, Adam and AdamW it is the same as a scaled learning rate of the adapter.
+        """
+        for weight, before in zip(self._weights, self._before, strict=False):
+            weight.copy_(torch.lerp(before, weight, self._scale))
+        self._before = []
 
     def stop(self) -> None:
-        """Remove all hooks, and restore the learning rates."""
-        self.restore_rates()
+        """Remove all hooks."""
+        self._before = []
         if self._finder is not None:
             self._finder.stop()
         if self._records:
@@ -143,9 +149,10 @@ class WidePhase:
         torch.compiler.reset()  # code that was compiled before would not call the hooks
 
 
-def _require_larger(
+def _share_after_cut(
     config_r: int, layers: Mapping[str, LoraLayer], adapted: Mapping[str, AdaptedLayer], settings: WideSettings
-) -> None:
+) -> float:
+    """The share of the adapter's parameters that the cut leaves; below 1."""
     parameters = {name: layer.weight_shape.rank_parameters for name, layer in adapted.items()}
     present = sum(parameters[name] * layer.r[settings.adapter_name] for name, layer in layers.items())
     after = settings.r * sum(parameters.values())
@@ -155,29 +162,19 @@ def _require_larger(
             f"{after:,}: there is nothing to cut. Begin with a larger r in the config, such as {4 * settings.r}, or "
             "give the callback a smaller one."
         )
+    return after / present
 
 
-def _groups_of(optimizer: Any, layers: Mapping[str, LoraLayer], settings: WideSettings) -> list[dict[str, Any]]:
-    """The parameter groups that hold a part of the adapter."""
-    weights = {
-        id(weight)
-        for layer in layers.values()
-        for one in weights_of(layer, settings.adapter_name)
-        for weight in (one.a, one.b)
-    }
-    groups = [
-        group
-        for group in require_optimizer(optimizer).param_groups
-        if any(id(parameter) in weights for parameter in group["params"])
+def _trained_weights(optimizer: Any, layers: Mapping[str, LoraLayer], adapter_name: str) -> list[nn.Parameter]:
+    """The weights of the adapter that the optimizer holds."""
+    held = {id(weight) for group in require_optimizer(optimizer).param_groups for weight in group["params"]}
+    weights = [
+        weight for layer in layers.values() for one in weights_of(layer, adapter_name) for weight in (one.a, one.b)
     ]
-    if not groups:
+    trained = [weight for weight in weights if id(weight) in held]
+    if not trained:
         raise ValueError(
-            f"The optimizer holds no parameter of adapter {settings.adapter_name!r}: train the adapter, or leave out "
-            "the callback."
+            f"The optimizer holds no parameter of adapter {adapter_name!r}: train the adapter, or leave out the "
+            "callback."
         )
-    if settings.wide_scale != 1 and any(group.get("lr") is None for group in groups):
-        raise ValueError(
-            f"wide_scale={settings.wide_scale:g} needs an optimizer with learning rates, but this one has lr=None: "
-            "use wide_scale=1, or another optimizer."
-        )
-    return groups
+    return trained
