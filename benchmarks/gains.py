@@ -27,6 +27,7 @@ METRICS = {
     "banking77": "accuracy",
     "sst2": "accuracy",
     "gsm8k": "loss",
+    "german": "loss",
     "banking77-long": "accuracy",
     "gsm8k-long": "loss",
 }

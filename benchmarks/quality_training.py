@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from quality_cuts import CUTS, CutTraining
+from quality_cuts import CUTS, SLOW_START, CutTraining, SlowStart
 from quality_methods import METHODS as COMPARED_METHODS
 from quality_methods import Method, Setting, adapter_parameters
 from quality_results import Run
@@ -36,7 +36,7 @@ from quality_tasks import (
 )
 from quality_variants import VARIANTS
 
-METHODS: dict[str, Method] = COMPARED_METHODS | VARIANTS | CUTS
+METHODS: dict[str, Method] = COMPARED_METHODS | VARIANTS | CUTS | {SLOW_START: COMPARED_METHODS["uniform"]}
 """All methods and variants by name."""
 
 WARM_UP = 0.1
@@ -170,8 +170,10 @@ class Bench:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer, schedule = optimizer_and_schedule(model, run.learning_rate, run.steps)
         update_ranks = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
-        cuts = None
-        if run.method in CUTS:
+        cuts: CutTraining | SlowStart | None = None
+        if run.method == SLOW_START:
+            cuts = SlowStart(optimizer, run.steps)
+        elif run.method in CUTS:
             cuts = CutTraining(CUTS[run.method], model, optimizer, run.rank, run.steps, run.seed)
         torch.manual_seed(2000 + run.seed)
         for step, batch in enumerate(data):

@@ -6,40 +6,58 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gains import REFERENCE
 from speeds_and_sizes import Size
 
+SHOWN = {
+    "cut": "begin wide, cut at 20 %",
+    "fim-parameters": "FIM ranks, as proposed",
+    "fim-within-kinds-1/2": "FIM ranks within kinds",
+    "adalora": "AdaLoRA",
+    "eva-rho-2": "EVA",
+    "lora-ga": "LoRA-GA",
+    "uniform-double-rank": "twice the parameters",
+}
+"""The methods of the picture in words, from top to bottom."""
+
+_OURS = ("cut", "fim-")
+_TASK_NAMES = {"banking77": "Banking77", "sst2": "SST-2", "gsm8k": "GSM8K", "german": "German text"}
+
 
 def plot_gains(settings: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
-    """Plot the gain in test loss of every method with its interval, with one panel for each setting.
+    """Plot the gain in test loss of the main methods, with one panel for each short task and rank.
+
+    The panels share their rows. Runs of one task and rank in different precisions are in one panel, each compared with
+    uniform LoRA in its own precision.
 
     Args:
         settings: The entry `settings` of `gains_report`.
         path: The PNG file to write.
     """
-    drawn = {setting: methods for setting, methods in settings.items() if methods}
-    columns = min(2, len(drawn))
-    sizes = [len(methods) for methods in drawn.values()]
-    heights = [max(sizes[first : first + columns]) for first in range(0, len(sizes), columns)]
+    panels = _panels(settings)
     plt = _pyplot()
-    figure, axes = plt.subplots(
-        len(heights),
-        columns,
-        figsize=(6.2 * columns, sum(0.2 * size + 0.8 for size in heights)),
-        squeeze=False,
-        sharex=True,
-        height_ratios=[size + 1 for size in heights],
-        layout="constrained",
+    size = 2.2 + 1.9 * len(panels), 3.2
+    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (title, methods) in zip(axes[0], panels.items(), strict=False):
+        _draw_gains(axis, title, methods)
+    names = list(reversed(SHOWN.values()))
+    axes[0, 0].set_yticks(range(len(names)), names, fontsize=9)
+    figure.supxlabel(
+        "gain in test loss over uniform LoRA of equal size, nats (95 % interval); right is better", fontsize=9
     )
-    for index, (setting, methods) in enumerate(drawn.items()):
-        _draw_gains(axes.flat[index], setting, methods, heights[index // columns])
-    for axis in axes.flat[len(drawn) :]:
-        axis.set_axis_off()
-    figure.supxlabel("gain in test loss over uniform LoRA, nats (95 % interval over seeds)", fontsize=9)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=140, metadata={"Software": None})
     plt.close(figure)
+
+
+def _panels(settings: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Title to the gains of each method; all linear layers of the short tasks only."""
+    panels: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for setting, methods in settings.items():
+        task, targets, rank, *_ = setting.split(", ")
+        shown = {method: numbers for method, numbers in methods.items() if method in SHOWN}
+        if task in _TASK_NAMES and targets == "all-linear" and len(shown) > 1:
+            panels.setdefault(f"{_TASK_NAMES[task]}\n{rank}", {}).update(shown)
+    return panels
 
 
 def _pyplot() -> Any:
@@ -51,19 +69,19 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _draw_gains(axis: Any, setting: str, methods: Mapping[str, Mapping[str, Any]], lines: int) -> None:
-    ordered = sorted(methods.items(), key=lambda item: item[1]["mean_loss_gain"])
-    means = [numbers["mean_loss_gain"] for _, numbers in ordered]
-    ends = np.array([numbers["loss_ci95"] for _, numbers in ordered]).T
-    colors = ["tab:blue" if name.startswith("fim") else "tab:gray" for name, _ in ordered]
-    heights = range(len(ordered))
-    axis.errorbar(means, heights, xerr=np.abs(ends - np.array(means)), fmt="none", ecolor=colors)
-    axis.scatter(means, heights, color=colors, s=14, zorder=3)
-    axis.set_yticks(heights, [name for name, _ in ordered], fontsize=8)
-    axis.set_ylim(len(ordered) - lines - 0.5, len(ordered) - 0.5)
-    axis.tick_params(axis="x", labelbottom=True, labelsize=8)
+def _draw_gains(axis: Any, title: str, methods: Mapping[str, Mapping[str, Any]]) -> None:
+    for height, method in enumerate(reversed(SHOWN)):
+        if method not in methods:
+            continue
+        mean, (low, high) = methods[method]["mean_loss_gain"], methods[method]["loss_ci95"]
+        color = "tab:blue" if method.startswith(_OURS) else "dimgray"
+        axis.plot([low, high], [height, height], color=color, linewidth=2)
+        axis.plot(mean, height, color=color, marker="o" if method.startswith(_OURS) else "s", markersize=5)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_title(setting, fontsize=9)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.locator_params(axis="x", nbins=4)
+    axis.grid(axis="y", color="lightgray", linewidth=0.5)
+    axis.set_title(title, fontsize=9)
 
 
 def plot_sizes(sizes: Mapping[str, Mapping[str, Mapping[int, Size]]], path: Path) -> None:
