@@ -74,20 +74,25 @@ class Selection:
 
 
 def _by_saliency(
-    adapter: Adapter, bases: Mapping[str, Basis], saliencies: Mapping[str, Sequence[float]], per_parameter: bool = True
+    adapter: Adapter,
+    bases: Mapping[str, Basis],
+    saliencies: Mapping[str, Sequence[float]],
+    per_parameter: bool = True,
+    cap: int = 1,
 ) -> Selection:
+    """Components by falling saliency, at most one part in `cap` of those of each layer."""
     costs = adapter.costs if per_parameter else dict.fromkeys(adapter.costs, 1)
     order = order_of_components(saliencies, costs)
-    return Selection(bases, lambda budget: by_layer(keep_within(order, adapter.costs, budget), list(bases)))
+    largest = {name: len(of_layer) // cap for name, of_layer in saliencies.items()}
+    return Selection(bases, lambda budget: by_layer(keep_within(order, adapter.costs, budget, largest), list(bases)))
 
 
-def fim_lora(adapter: Adapter, bases: Mapping[str, Basis] | None = None) -> Selection:
-    """Gains and gate saliencies, by default in the damped K-FAC basis."""
+def fim_lora(adapter: Adapter, bases: Mapping[str, Basis] | None = None, cap: int = 1) -> Selection:
+    """Gains and gate saliencies, by default in the damped K-FAC basis; `cap` is `r / r_max` of `compress_lora`."""
     bases = bases or adapter.measured_bases(DAMPING)
     saliencies, gains = adapter.gate_saliencies(bases), adapter.gains(bases)
-    return _by_saliency(
-        adapter, bases, {name: priorities(saliencies[name], 0.0, gains[name]).tolist() for name in bases}
-    )
+    values = {name: priorities(saliencies[name], 0.0, gains[name]).tolist() for name in bases}
+    return _by_saliency(adapter, bases, values, cap=cap)
 
 
 def gates_and_norms(adapter: Adapter) -> Selection:
@@ -174,6 +179,8 @@ PARA = "PARA"
 
 CRITERIA: dict[str, Callable[[Adapter], Any]] = {
     OURS: fim_lora,
+    "r_max = r / 2": lambda adapter: fim_lora(adapter, cap=2),
+    "r_max = r / 4": lambda adapter: fim_lora(adapter, cap=4),
     "gains alone": gains_alone,
     "gates alone": gates_alone,
     "gates and norms": gates_and_norms,

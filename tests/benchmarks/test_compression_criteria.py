@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.conversion import _find_cutoff_index
 
-from compression_criteria import CRITERIA, OURS, PARA, Adapter
+from compression_criteria import CRITERIA, OURS, PARA, Adapter, fim_lora
 from compression_report import TRAINED_AT_SIZE, format_report, summary
 from fim_lora import get_lora_spectrum
 from fim_lora.adapter.plain_adapter import plain_adapters
@@ -55,6 +55,17 @@ def test_no_criterion_exceeds_the_budget(measured, criterion, size):
     kept = CRITERIA[criterion](adapter).keep(adapter.num_parameters // size)
     used = sum(len(numbers) * adapter.costs[name] for name, numbers in kept.items())
     assert 0 < used <= adapter.num_parameters // size
+
+
+@pytest.mark.parametrize("cap", [2, 3])
+def test_a_largest_rank_is_that_of_the_library(measured, cap):
+    _, _, adapter, spectrum = measured
+    budget = adapter.num_parameters // 4
+    kept = fim_lora(adapter, cap=cap).keep(budget)
+    assert {name: len(numbers) for name, numbers in kept.items()} == spectrum.ranks_of(
+        spectrum.keep(budget, r_max=6 // cap)
+    )
+    assert max(map(len, kept.values())) == 6 // cap
 
 
 def dense_singular_values(layer):
