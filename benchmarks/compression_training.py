@@ -61,7 +61,7 @@ class Run:
 BENCHMARK_TASKS = {
     "banking77": replace(TASKS["banking77"], learning_rates=(1e-3, 2e-3, 4e-3), steps=300, max_length=48),
     "gsm8k": replace(TASKS["gsm8k"], learning_rates=(1e-3, 3e-3), batch_size=4, steps=60, max_length=_POSITIONS),
-    "german": replace(TASKS["german"], learning_rates=(1e-3, 3e-3)),
+    "german": replace(TASKS["german"], learning_rates=(1e-3, 3e-3), batch_size=4, steps=60),
 }
 """The tasks by name. The two language tasks are short enough for a computer without a GPU."""
 

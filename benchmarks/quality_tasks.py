@@ -160,7 +160,7 @@ _SHORT_TASKS = (
     Task("banking77", "accuracy", _banking77, False, _BERT_TARGETS, (1e-3, 2e-3, 4e-3, 8e-3), 16, 120, 48, 400, 1000),
     Task("sst2", "accuracy", _sst2, False, _BERT_TARGETS, (5e-4, 1e-3, 2e-3, 4e-3), 16, 120, 48, 400, 1000),
     Task("gsm8k", "loss", _gsm8k, True, _LLAMA_TARGETS, (1e-3, 2e-3, 4e-3, 8e-3), 2, 40, 192, 32, 64),
-    Task("german", "loss", _german, True, _LLAMA_TARGETS, (2e-3, 4e-3, 8e-3), 4, 60, 128, 32, 64, is_packed=True),
+    Task("german", "loss", _german, True, _LLAMA_TARGETS, (2e-3, 4e-3, 8e-3), 2, 100, 128, 32, 64, is_packed=True),
 )
 _LONG_TASKS = (
     Task("banking77-long", "accuracy", _banking77, False, _BERT_TARGETS, (1e-3, 2e-3, 4e-3), 32, 400, 48, 400, 1000),
