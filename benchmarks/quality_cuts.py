@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
 
 from fim_lora import LoraSpectrum, compress_lora, get_lora_spectrum
 from fim_lora.trainer.wide_phase import WidePhase, WideSettings
@@ -35,6 +37,8 @@ class Cut:
         criterion: `"fim"`, `"fim-with-gains"` (by `get_lora_spectrum` on the last batches, which takes passes of its
             own), `"norm"` (squared singular values per parameter, without data) or `"random"`.
         fim_ranks: Whether the wide adapter has FIM ranks.
+        rows_of_a: Whether the rows of A keep their mean norm at the cut and B takes the rest, instead of both getting
+            the same norm.
     """
 
     factor: int = 4
@@ -43,6 +47,7 @@ class Cut:
     fresh_optimizer: bool = False
     criterion: str = "fim"
     fim_ranks: bool = False
+    rows_of_a: bool = False
 
     def __call__(self, setting: Setting) -> Any:
         """The model with the wide adapter."""
@@ -104,11 +109,14 @@ class CutTraining:
         self._phase.after_update()
         if step + 1 < self._phase.settings.cut_step:
             return
+        norms = _mean_norms_of_a(self._model)
         if self._cut.criterion == "fim":
             self._phase.cut()
         else:
             self._phase.stop()
             compress_lora(self._model, self._spectrum(), r=self._phase.settings.r, optimizer=self._optimizer)
+        if self._cut.rows_of_a:
+            _rescale(self._model, self._optimizer, norms)
         if self._cut.fresh_optimizer:
             self._forget()
         self._phase = self._next_phase()
@@ -123,6 +131,35 @@ class CutTraining:
         """Drop the state of the adapter, which is in the first group."""
         for parameter in self._optimizer.param_groups[0]["params"]:
             self._optimizer.state.pop(parameter, None)
+
+
+def _mean_norms_of_a(model: Any) -> dict[str, float]:
+    """Module name to the mean norm of the rows of its A."""
+    return {
+        name: float(module.lora_A["default"].weight.detach().norm(dim=1).mean())
+        for name, module in _lora_layers(model)
+    }
+
+
+def _lora_layers(model: Any) -> list[tuple[str, LoraLayer]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and "default" in module.lora_A
+    ]
+
+
+@torch.no_grad()
+def _rescale(model: Any, optimizer: Any, norms: dict[str, float]) -> None:
+    """Give the rows of A these norms and B the inverse factors; the moments of Adam follow."""
+    for name, layer in _lora_layers(model):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        factors = norms[name] / a.norm(dim=1)
+        for weight, factor in ((a, factors[:, None]), (b, 1 / factors)):
+            weight.mul_(factor)
+            state = optimizer.state[weight]
+            state["exp_avg"].div_(factor)
+            state["exp_avg_sq"].div_(factor**2)
 
 
 class SlowStart:
@@ -179,5 +216,6 @@ CUTS: dict[str, Cut] = {
     "cut-random": Cut(criterion="random"),
     "cut-with-gains": Cut(criterion="fim-with-gains"),
     "cut-from-fim-ranks": Cut(fim_ranks=True),
+    "cut-rows-of-a": Cut(rows_of_a=True),
 }
 """The methods that cut, by name: from four times the rank after 20 % of the steps, or with one change of that."""
