@@ -7,7 +7,6 @@ parameters as uniform LoRA. Compare them with `fim-parameters` of `quality_metho
 from __future__ import annotations
 
 import heapq
-import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fim_lora import FimConfig, FimScores, RankAllocation
-from fim_lora.ranks.layer_grid import layer_grids
 from quality_methods import SCALING, Method, Setting, adalora_from, by_scores, fim_scores, with_means, with_ranks
 
 HEAD_WARM_UP_ROUNDS = 5
@@ -77,18 +75,7 @@ def _sum_over_entries(score_exponent: float = 1.0) -> Method:
 
 def _within_kinds(score_exponent: float) -> Method:
     """Divide the budget of each kind of layer, such as `q_proj`, among the depths; kinds keep their budgets."""
-
-    def adapter(setting: Setting) -> Any:
-        scores = fim_scores(setting)
-        means = {name: mean**score_exponent for name, mean in scores.means.items()}
-        for grid in layer_grids(scores):
-            for kind in grid.kinds:
-                names = [name for (_, column), name in grid.cells.items() if column == kind]
-                mean = statistics.fmean(means[name] for name in names)
-                means |= {name: means[name] / mean for name in names}
-        return by_scores(setting, with_means(scores, means), budget="parameters")
-
-    return adapter
+    return lambda setting: by_scores(setting, fim_scores(setting), budget="kind", score_exponent=score_exponent)
 
 
 def _upper_half(setting: Setting) -> Any:
@@ -229,8 +216,8 @@ VARIANTS: dict[str, Method] = {
     "fim-sum": _sum_over_entries(),
     "fim-sum-1/2": _sum_over_entries(0.5),
     "fim-sum-1/3": _sum_over_entries(1 / 3),
-    "fim-within-kinds": _within_kinds(1.0),
-    "fim-within-kinds-1/2": _within_kinds(0.5),
+    "fim-kind": _within_kinds(1.0),
+    "fim-kind-1/2": _within_kinds(0.5),
     "upper-half": _upper_half,
     "fim-batch-gradients": _batch_gradients,
     "fim-warm-head": _after_head_warm_up,

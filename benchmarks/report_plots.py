@@ -12,7 +12,7 @@ from speeds_and_sizes import Size
 SHOWN = {
     "cut": "begin wide, cut at 20 %",
     "fim-parameters": "FIM ranks, as proposed",
-    "fim-within-kinds-1/2": "FIM ranks within kinds",
+    "fim-kind-1/2": "FIM ranks within kinds",
     "adalora": "AdaLoRA",
     "eva-rho-2": "EVA",
     "lora-ga": "LoRA-GA",

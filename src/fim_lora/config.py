@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Budget = Literal["rank", "parameters"]
+Budget = Literal["kind", "rank", "parameters"]
 
 BUDGETS: tuple[str, ...] = get_args(Budget)
 

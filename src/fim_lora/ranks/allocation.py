@@ -124,7 +124,7 @@ class Allocation:
     @property
     def budget_unit(self) -> str:
         """Unit of `budget` and `budget_used`, for people to read: `ranks` or `parameters`."""
-        return "ranks" if self.fim_config.budget == "rank" else "parameters"
+        return "parameters" if self.fim_config.budget == "parameters" else "ranks"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types."""
