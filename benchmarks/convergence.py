@@ -74,7 +74,7 @@ def agreement(one: FimScores, other: FimScores, rank: int) -> dict[str, float]:
 
 
 def _ranks(scores: FimScores, rank: int) -> dict[str, int]:
-    config = LoraConfig(r=rank, init_lora_weights="fim", fim_config=FimConfig(budget="parameters"))
+    config = LoraConfig(r=rank, init_lora_weights="fim", fim_config=FimConfig(score="mean", budget="parameters"))
     return RankAllocation.from_scores(scores, config).ranks
 
 

@@ -32,6 +32,9 @@ from quality_tasks import Batch
 SCALING = 2.0
 """`lora_alpha / r` of every layer, independent of its rank."""
 
+PROPOSAL: dict[str, Any] = {"score": "mean", "budget": "rank"}
+"""How the proposal to PEFT divides ranks: in proportion to the scores of all layers."""
+
 _PERMUTATIONS = 2000
 _SWAPS = 100_000
 
@@ -93,12 +96,12 @@ def by_scores(setting: Setting, scores: FimScores, **fim_options: Any) -> Any:
     Args:
         setting: The setting.
         scores: Scores of the target layers.
-        **fim_options: Options of `FimConfig`.
+        **fim_options: Options of `FimConfig`. Without them ranks are divided as in the proposal to PEFT.
 
     Returns:
         The adapted model.
     """
-    config = setting.config(init_lora_weights="fim", fim_config=FimConfig(**fim_options))
+    config = setting.config(init_lora_weights="fim", fim_config=FimConfig(**(PROPOSAL | fim_options)))
     allocation = _within_uniform(RankAllocation.from_scores(scores, config), config)
     return setting.adapted(allocation.to_lora_config(config))
 
@@ -150,7 +153,8 @@ def with_means(scores: FimScores, means: Mapping[str, float]) -> FimScores:
 
 def _random(setting: Setting) -> Any:
     """The ranks of `fim-parameters` on random layers: tests whether the scores matter, or only that ranks differ."""
-    config = setting.config(init_lora_weights="fim", fim_config=FimConfig(budget="parameters"))
+    fim_config = FimConfig(**(PROPOSAL | {"budget": "parameters"}))
+    config = setting.config(init_lora_weights="fim", fim_config=fim_config)
     allocation = RankAllocation.from_scores(fim_scores(setting), config)
     costs = allocation.scores.parameters_per_rank
     generator = random.Random(f"ranks {setting.seed}")

@@ -15,8 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fim_lora import FimConfig, FimScores, RankAllocation
-from quality_methods import SCALING, Method, Setting, adalora_from, by_scores, fim_scores, with_means, with_ranks
+from fim_lora import FimConfig, FimScores, RankAllocation, allocate_ranks
+from fim_lora.ranks.layer_grid import layer_grids
+from quality_methods import (
+    PROPOSAL,
+    SCALING,
+    Method,
+    Setting,
+    adalora_from,
+    by_scores,
+    fim_scores,
+    with_means,
+    with_ranks,
+)
 
 HEAD_WARM_UP_ROUNDS = 5
 """Passes over the calibration batches in the warm-up of a new classifier."""
@@ -28,7 +39,8 @@ _HEAD_LEARNING_RATE = 1e-2
 
 
 def _allocation(setting: Setting, **fim_options: Any) -> tuple[RankAllocation, Any]:
-    config = setting.config(init_lora_weights="fim", fim_config=FimConfig(**{"budget": "parameters", **fim_options}))
+    fim_config = FimConfig(**(PROPOSAL | {"budget": "parameters"} | fim_options))
+    config = setting.config(init_lora_weights="fim", fim_config=fim_config)
     return RankAllocation.from_scores(fim_scores(setting), config), config
 
 
@@ -75,7 +87,19 @@ def _sum_over_entries(score_exponent: float = 1.0) -> Method:
 
 def _within_kinds(score_exponent: float) -> Method:
     """Divide the budget of each kind of layer, such as `q_proj`, among the depths; kinds keep their budgets."""
-    return lambda setting: by_scores(setting, fim_scores(setting), budget="kind", score_exponent=score_exponent)
+
+    def adapter(setting: Setting) -> Any:
+        allocation, config = _allocation(setting)
+        ranks: dict[str, int] = {}
+        for grid in layer_grids(allocation.scores):
+            for kind in grid.kinds:
+                names = [name for (_, column), name in grid.cells.items() if column == kind]
+                means = {name: allocation.scores.means[name] for name in names}
+                ranks |= allocate_ranks(means, setting.rank, score_exponent=score_exponent)
+        ranks = {name: ranks[name] for name in allocation.ranks}
+        return setting.adapted(with_ranks(allocation, ranks).to_lora_config(config))
+
+    return adapter
 
 
 def _upper_half(setting: Setting) -> Any:

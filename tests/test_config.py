@@ -7,10 +7,12 @@ import pytest
 from fim_lora import FimConfig
 
 
-def test_defaults_are_those_of_the_proposal():
+def test_defaults():
+    """Those of the proposal, but for how ranks are divided."""
     config = FimConfig()
     assert (config.fim_calibration_batches, config.r_min, config.r_max) == (8, 1, None)
-    assert (config.adjust_scaling_factors, config.budget, config.score_exponent) == (True, "rank", 1.0)
+    assert (config.adjust_scaling_factors, config.score_exponent) == (True, 1.0)
+    assert (config.score, config.budget) == ("norm", "parameters")
     assert not config.exact
 
 

@@ -5,12 +5,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Budget = Literal["kind", "rank", "parameters"]
+Budget = Literal["rank", "parameters"]
+Score = Literal["norm", "mean"]
 
 BUDGETS: tuple[str, ...] = get_args(Budget)
-
-# Plain proportionality, as in the proposal; every default of a score exponent refers to this one.
-DEFAULT_SCORE_EXPONENT = 1.0
+SCORES: tuple[str, ...] = get_args(Score)
 
 # The proposal's r_max=32 for r=8.
 DEFAULT_R_MAX_FACTOR = 4
@@ -25,7 +24,10 @@ _PISSA_WITH_ITERATIONS = re.compile(r"pissa_niter_[1-9]\d*")
 class FimConfig:
     """The sub-configuration of `LoraConfig(init_lora_weights="fim", fim_config=...)`.
 
-    The defaults are those of the proposal to PEFT; `docs/evidence.md` compares each with its alternatives.
+    By default ranks are proportional to the norm of each layer's gradient, under a budget of parameters. The proposal
+    to PEFT divides a budget of ranks in proportion to the mean of the eFIM: `FimConfig(score="mean", budget="rank")`.
+    That lost to uniform ranks on language models (`docs/evidence.md`), so it is not the default. The other defaults
+    are those of the proposal.
 
     Args:
         fim_calibration_batches: Number of batches over which the eFIM is averaged; at least 1.
@@ -38,7 +40,10 @@ class FimConfig:
             multiplies by `r_i / r` also with `use_rslora`, which changes the scaling.) If `False`, `lora_alpha` is
             not changed, and the scaling follows from the new rank.
         budget: What stays the same as with uniform ranks: `"rank"`, the sum of ranks, or `"parameters"`, the number
-            of entries of A and B. `"parameters"` compares with uniform LoRA at equal size if layers differ in shape.
+            of entries of A and B.
+        score: What ranks are proportional to. `"norm"`: the root of the sum of the eFIM over the entries of the
+            weight, which is the norm of an example's gradient (root mean square over examples). `"mean"`: the mean of
+            the eFIM over the entries.
         score_exponent: Ranks are proportional to `score ** score_exponent`. It must be positive; 1 is plain
             proportionality, and a value below 1 softens the allocation.
         init_lora_weights: PEFT's initialization, applied at the final ranks: `True`, `False`, `"gaussian"`,
@@ -59,8 +64,9 @@ class FimConfig:
     r_min: int = field(default=1, metadata={"help": "Smallest rank of a layer"})
     r_max: int | None = field(default=None, metadata={"help": "Largest rank of a layer; None means 4 * r"})
     adjust_scaling_factors: bool = field(default=True, metadata={"help": "Each layer keeps its scaling"})
-    budget: Budget = field(default="rank", metadata={"help": "What stays as with uniform ranks: rank or parameters"})
-    score_exponent: float = field(default=DEFAULT_SCORE_EXPONENT, metadata={"help": "Exponent of the scores"})
+    budget: Budget = field(default="parameters", metadata={"help": "What stays as with uniform ranks"})
+    score: Score = field(default="norm", metadata={"help": "Ranks by the norm of the gradient or the mean eFIM"})
+    score_exponent: float = field(default=1.0, metadata={"help": "Exponent of the scores"})
     init_lora_weights: bool | str = field(default=True, metadata={"help": "PEFT's initialization at the final ranks"})
     exact: bool = field(default=False, metadata={"help": "Read the gradients of long examples exactly, too"})
 
@@ -75,6 +81,8 @@ class FimConfig:
         _require_bool("exact", self.exact)
         if self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {BUDGETS}, got {self.budget!r}.")
+        if self.score not in SCORES:
+            raise ValueError(f"score must be one of {SCORES}, got {self.score!r}.")
         if isinstance(self.score_exponent, bool) or not isinstance(self.score_exponent, (int, float)):
             raise TypeError(f"score_exponent must be a number, got {self.score_exponent!r}.")
         if not (math.isfinite(self.score_exponent) and self.score_exponent > 0):

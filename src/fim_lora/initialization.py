@@ -163,8 +163,15 @@ def _checked_score(name: str, score: LayerScore | float | Tensor, layer: LoraLay
     mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
     try:
         weight = target_layer(name, layer).weight_shape
-        shape = (weight.d_out, weight.d_in)
-        return LayerScore(mean, None, 0, shape, weight.parameters_per_rank, weight.rank_step)
+        return LayerScore(
+            mean,
+            None,
+            num_examples=0,
+            shape=(weight.d_out, weight.d_in),
+            parameters_per_rank=weight.parameters_per_rank,
+            rank_step=weight.rank_step,
+            num_entries=weight.num_entries,
+        )
     except ValueError as error:
         raise ValueError(f"The score of layer {name!r} cannot be used: {error}") from error
 

@@ -11,15 +11,16 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
-from fim_lora import FimConfig, FimScores, LayerScore, RankAllocation
+from fim_lora import FimScores, LayerScore, RankAllocation
 from fim_lora.adapter.config_writer import verify_patterns
 from helpers.adapters import ranks_in
+from helpers.proportional import proportional
 from helpers.rank_allocations import SCORES, SHAPES, allocation, config
 from helpers.tiny_models import llama, token_batch
 
 
 def test_layers_that_lose_their_adapter():
-    result = allocation(fim_config=FimConfig(r_min=0))
+    result = allocation(fim_config=proportional(r_min=0))
     # By hand: λ = 48 / 3.33; the first layer of depth 0 has 14.4, the last one of depth 2 has 0.29.
     dropped = [f"model.layers.2.self_attn.{kind}" for kind in SHAPES]
     assert result.dropped_layers == dropped
@@ -72,7 +73,7 @@ def allocate_and_adapt(make_model, base, tmp_path):
 
 
 def fim_config(**options):
-    options = {"r": 3, "lora_alpha": 6, "init_lora_weights": "fim", "fim_config": FimConfig(r_min=0)} | options
+    options = {"r": 3, "lora_alpha": 6, "init_lora_weights": "fim", "fim_config": proportional(r_min=0)} | options
     return LoraConfig(**options)
 
 
@@ -128,7 +129,7 @@ def towers_allocation(ranks, base):
 
 @pytest.mark.parametrize("serving", [False, True])
 def test_a_kept_name_that_ends_the_name_of_a_dropped_layer(serving):
-    base = fim_config(target_modules=["head", "proj"], fim_config=FimConfig(adjust_scaling_factors=False))
+    base = fim_config(target_modules=["head", "proj"], fim_config=proportional(adjust_scaling_factors=False))
     ranks = {"head": 3, "body.head": 0, "body.proj": 3, "teacher.body.proj": 0}
     plain = towers_allocation(ranks, base).to_lora_config(base, serving=serving)
     assert plain.target_modules == r"(?:head|body\.proj)"
@@ -219,7 +220,7 @@ def logits(model):
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("r_min", [0, 1])
 def test_a_server_that_reads_only_global_numbers_gets_the_same_updates(tmp_path, use_rslora, r_min):
-    model, result = trained_adapter(tmp_path, use_rslora=use_rslora, fim_config=FimConfig(r_min=r_min))
+    model, result = trained_adapter(tmp_path, use_rslora=use_rslora, fim_config=proportional(r_min=r_min))
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     r, lora_alpha = content["r"], content["lora_alpha"]
     scaling = lora_alpha / math.sqrt(r) if content["use_rslora"] else lora_alpha / r
@@ -241,7 +242,7 @@ def test_a_server_that_reads_only_global_numbers_gets_the_same_updates(tmp_path,
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("r_min", [0, 1])
 def test_peft_loads_the_config_for_servers_as_the_same_adapter(tmp_path, use_rslora, r_min):
-    model, result = trained_adapter(tmp_path, use_rslora=use_rslora, fim_config=FimConfig(r_min=r_min))
+    model, result = trained_adapter(tmp_path, use_rslora=use_rslora, fim_config=proportional(r_min=r_min))
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
     assert loaded.peft_config["default"].r == max(result.ranks.values()) > result.r
     verify_patterns(loaded.peft_config["default"], result.ranks, result.alphas)
@@ -252,7 +253,7 @@ def test_peft_loads_the_config_for_servers_as_the_same_adapter(tmp_path, use_rsl
 @pytest.mark.parametrize(
     ("options", "kind", "scaling"),
     [
-        ({"fim_config": FimConfig(adjust_scaling_factors=False)}, "q_proj", "1.14286"),
+        ({"fim_config": proportional(adjust_scaling_factors=False)}, "q_proj", "1.14286"),
         ({"alpha_pattern": {"layers.2.self_attn.v_proj": 32}}, "v_proj", "4"),
         ({"rank_pattern": {"layers.2.self_attn.v_proj": 4}}, "v_proj", "4"),
     ],
@@ -268,7 +269,7 @@ def test_layers_without_a_shared_scaling_cannot_be_served(options, kind, scaling
 
 
 def test_serving_a_uniform_allocation_changes_nothing():
-    base = fim_config(target_modules=["head", "proj"], fim_config=FimConfig(adjust_scaling_factors=False))
+    base = fim_config(target_modules=["head", "proj"], fim_config=proportional(adjust_scaling_factors=False))
     plain = towers_allocation({"head": 3, "body.proj": 3}, base).to_lora_config(base, serving=True)
     assert (plain.r, plain.lora_alpha, plain.rank_pattern, plain.alpha_pattern) == (3, 6, {}, {})
 

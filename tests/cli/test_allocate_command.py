@@ -65,10 +65,10 @@ def test_the_same_seed_gives_the_same_scores(llama, data, tmp_path):
 
 
 def test_options_reach_the_allocation(llama, data, tmp_path):
-    options = ["-r", 4, "--r-min", 2, "--r-max", 6, "--budget", "parameters", "--score-exponent", 0.5]
+    options = ["-r", 4, "--r-min", 2, "--r-max", 6, "--budget", "rank", "--score", "mean", "--score-exponent", 0.5]
     assert allocate(llama, data, tmp_path / "out", *options, "--lora-alpha", 12, "--target-modules", "all-linear") == 0
     allocation = RankAllocation.load(tmp_path / "out" / "fim_allocation.json")
-    assert allocation.fim_config == FimConfig(2, r_min=2, r_max=6, budget="parameters", score_exponent=0.5)
+    assert allocation.fim_config == FimConfig(2, r_min=2, r_max=6, budget="rank", score="mean", score_exponent=0.5)
     assert (allocation.r, allocation.lora_alpha, len(allocation.ranks)) == (4, 12, 14)
     assert set(allocation.ranks.values()) <= set(range(2, 7))
 

@@ -29,6 +29,7 @@ from helpers.fork_server import run_in_fork
         (["--r-min", 9], "'--r-min': 9 is above -r 8"),
         (["--r-max", 7], "'--r-max': 7 is below -r 8"),
         (["--budget", "money"], "'--budget': 'money' is not one of rank, parameters"),
+        (["--score", "sum"], "'--score': 'sum' is not one of norm, mean"),
         (["--task", "chess"], "'--task': 'chess' is not one of causal-lm, seq-cls"),
         (["--dtype", "int8"], "'--dtype': 'int8' is not one of auto, float32"),
         (["--device", "abacus"], "'--device': 'abacus' cannot be used"),

@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
 from fim_lora import FimConfig
+from helpers.proportional import proportional
 from helpers.tiny_models import llama, lm_batches, token_batch
 
 
@@ -17,7 +18,7 @@ def fim_lora_config(r=8, batches=3, target_modules=("q_proj", "v_proj", "down_pr
     return LoraConfig(
         r=r,
         init_lora_weights="fim",
-        fim_config=FimConfig(fim_calibration_batches=batches, **fim_options),
+        fim_config=proportional(fim_calibration_batches=batches, **fim_options),
         target_modules=target_modules,
         **options,
     )

@@ -3,6 +3,7 @@
 from peft import LoraConfig
 
 from fim_lora import FimScores, LayerScore, RankAllocation
+from helpers.proportional import proportional
 
 SHAPES = {"q_proj": (64, 64), "v_proj": (32, 64)}
 SCORES = FimScores(
@@ -17,6 +18,7 @@ SCORES = FimScores(
 
 
 def config(**options):
+    options = {"fim_config": proportional()} | options
     return LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights="fim", **options)
 
 

@@ -76,6 +76,7 @@ def assert_score(score, values, rtol=1e-5):
     assert score.num_examples == len(values)
     assert score.mean == pytest.approx(values.mean().item(), rel=rtol)
     assert score.standard_error == pytest.approx((values.std() / len(values) ** 0.5).item(), rel=100 * rtol)
+    assert score.norm == pytest.approx((score.num_entries * values.mean()).sqrt().item(), rel=rtol)
 
 
 def scores_of(model, batches, name="layer", **options):

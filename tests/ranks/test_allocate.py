@@ -50,34 +50,6 @@ def test_rank_budget_is_used_up_and_bounds_hold(values, r, data):
     assert sum(ranks.values()) == r * len(scores)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(any_scores, min_size=1, max_size=4), st.integers(1, 9), st.sampled_from([1.0, 0.5]))
-def test_each_kind_is_a_problem_of_its_own(kinds, r, exponent):
-    by_kind = [
-        {f"model.layers.{depth}.kind{number}": score for depth, score in enumerate(values)}
-        for number, values in enumerate(kinds)
-    ]
-    together = {name: score for scores in by_kind for name, score in scores.items()}
-    ranks = allocate_ranks(together, r, budget="kind", score_exponent=exponent)
-    assert list(ranks) == list(together)
-    for scores in by_kind:
-        alone = allocate_ranks(scores, r, score_exponent=exponent)
-        assert {name: ranks[name] for name in scores} == alone
-    assert budget_of(ranks, "kind") == r * len(together)
-
-
-def test_layers_of_one_kind_differ_in_their_depth():
-    """Two stacks, and a layer without a depth, which is alone and keeps its base rank."""
-    scores = {
-        "encoder.layers.0.q": 1.0, "encoder.layers.1.q": 3.0, "encoder.layers.0.k": 5.0, "encoder.layers.1.k": 5.0,
-        "decoder.layers.0.q": 300.0, "decoder.layers.1.q": 100.0, "head": 1e6,
-    }  # fmt: skip
-    shapes = {name: (10, 10 + len(name)) for name in scores}
-    steps = dict.fromkeys(scores, 1) | {"head": 2}
-    found = allocate_ranks(scores, 4, budget="kind", r_max=7, shapes=shapes, rank_steps=steps)
-    assert list(found.values()) == [2, 6, 4, 4, 6, 2, 4]
-
-
 @settings(max_examples=300, deadline=None)
 @given(any_scores, st.integers(1, 9), st.data())
 def test_parameter_budget_is_never_exceeded(values, r, data):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fim_lora import FimConfig, FimScores, InvalidFileError, LayerScore, RankAllocation
+from fim_lora import FimScores, InvalidFileError, LayerScore, RankAllocation
+from helpers.proportional import proportional
 from helpers.rank_allocations import SCORES, allocation, config
 
 
@@ -14,11 +15,11 @@ def test_patterns_hold_what_differs():
     assert result.rank_pattern == {name: rank for name, rank in result.ranks.items() if rank != 8}
     assert result.alpha_pattern == {name: 2 * rank for name, rank in result.ranks.items() if rank != 8}
     assert all(isinstance(alpha, int) for alpha in result.alpha_pattern.values())
-    assert allocation(fim_config=FimConfig(adjust_scaling_factors=False)).alpha_pattern == {}
+    assert allocation(fim_config=proportional(adjust_scaling_factors=False)).alpha_pattern == {}
 
 
 def test_counts_and_parameter_budget():
-    result = allocation(fim_config=FimConfig(budget="parameters"))
+    result = allocation(fim_config=proportional(budget="parameters"))
     assert (result.num_batches, result.num_examples) == (4, 16)
     assert result.budget == 8 * 3 * (128 + 96)
     cost = {"q": 128, "v": 96}
@@ -32,7 +33,7 @@ def test_costs_and_steps_of_the_scores_are_kept():
     # λ = 16 / 4: a has exactly 12.
     assert (by_rank.ranks, by_rank.budget, by_rank.budget_used) == ({"a": 12, "b": 4}, 16, 16)
     assert by_rank.num_parameters == 124
-    by_parameters = RankAllocation.from_scores(scores, config(fim_config=FimConfig(budget="parameters")))
+    by_parameters = RankAllocation.from_scores(scores, config(fim_config=proportional(budget="parameters")))
     # λ = 88 / 31: a would have 8.5 and gets 8; b has the 8 parameters that are left.
     assert by_parameters.ranks == {"a": 8, "b": 8}
     assert by_parameters.budget == by_parameters.budget_used == by_parameters.num_parameters == 88
@@ -40,7 +41,7 @@ def test_costs_and_steps_of_the_scores_are_kept():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"fim_config": FimConfig(r_max=20, r_min=2)}, {"fim_config": FimConfig(r_min=0)}],
+    [{}, {"use_rslora": True}, {"fim_config": proportional(r_max=20, r_min=2)}, {"fim_config": proportional(r_min=0)}],
 )
 def test_save_and_load(tmp_path, options):
     result = allocation(**options)

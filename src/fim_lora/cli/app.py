@@ -10,7 +10,7 @@ import typer
 from peft import LoraConfig
 
 from .. import __version__
-from ..config import BUDGETS, Budget, FimConfig
+from ..config import BUDGETS, SCORES, Budget, FimConfig, Score
 from ..report.exports import FORMATS
 from ..report.rank_map import draw_rank_map
 from ..runtime.atomic import staged_files, write_text
@@ -109,6 +109,10 @@ def _allocate(
     budget: Annotated[
         str, typer.Option(help="Total that stays the same as with uniform ranks.", metavar="|".join(BUDGETS))
     ] = FimConfig.budget,
+    score: Annotated[
+        str,
+        typer.Option(help="Ranks by the gradient's norm or by the mean of the eFIM.", metavar="|".join(SCORES)),
+    ] = FimConfig.score,
     score_exponent: Annotated[
         float, typer.Option(help="Ranks are proportional to score ** exponent; below 1, they vary less.", metavar="X")
     ] = FimConfig.score_exponent,
@@ -146,6 +150,7 @@ def _allocate(
 ) -> None:
     """Measure how sensitive every layer is, and write a LoRA config with a rank for each."""
     require_choice("--budget", budget, BUDGETS)
+    require_choice("--score", score, SCORES)
     require_choice("--task", task, TASKS)
     require_choice("--dtype", dtype, DTYPES)
     config = LoraConfig(
@@ -154,7 +159,7 @@ def _allocate(
         target_modules=_target_modules(target_modules),
         task_type=PEFT_TASK_TYPES[task],
         init_lora_weights="fim",
-        fim_config=_fim_config(r, batches, r_min, r_max, budget, score_exponent, exact),
+        fim_config=_fim_config(r, batches, r_min, r_max, budget, score, score_exponent, exact),
     )
     options = AllocateOptions(
         model=model,
@@ -317,7 +322,14 @@ def _size(keep: float | None, r: int | None, max_loss_increase: float | None) ->
 
 
 def _fim_config(
-    r: int, batches: int, r_min: int, r_max: int | None, budget: str, score_exponent: float, exact: bool
+    r: int,
+    batches: int,
+    r_min: int,
+    r_max: int | None,
+    budget: str,
+    score: str,
+    score_exponent: float,
+    exact: bool,
 ) -> FimConfig:
     if r_min > r:
         raise wrong_usage("--r-min", f"{r_min} is above -r {r}: give {r} or less.")
@@ -329,6 +341,7 @@ def _fim_config(
             r_min=r_min,
             r_max=r_max,
             budget=cast(Budget, budget),
+            score=cast(Score, score),
             score_exponent=score_exponent,
             exact=exact,
         )

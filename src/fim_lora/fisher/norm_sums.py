@@ -155,6 +155,7 @@ class NormSums:
             parameters_per_rank=weight.parameters_per_rank,
             rank_step=weight.rank_step,
             exact=name not in self.sketched,
+            num_entries=weight.num_entries,
         )
 
     def _warn(self, layers: Mapping[str, TargetLayer]) -> None:

@@ -32,6 +32,8 @@ class LayerScore:
         rank_step: The rank must be a multiple of it, such as the groups of a grouped convolution in PEFT.
         exact: Whether the per-example gradients were read exactly. If not, long examples were read through a random
             projection. It adds no bias; its noise is included in `standard_error`. See `FimConfig.exact`.
+        num_entries: Entries of all weights that share the rank, such as those of all experts of a parameter. `None` is
+            replaced by `d_out · d_in`, which is correct for one d_out × d_in matrix.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -44,6 +46,7 @@ class LayerScore:
     parameters_per_rank: int | None = None
     rank_step: int = 1
     exact: bool = True
+    num_entries: int | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and self.mean >= 0):
@@ -60,6 +63,16 @@ class LayerScore:
             raise ValueError(f"parameters_per_rank must be a positive integer, got {self.parameters_per_rank!r}.")
         if self.rank_step < 1:
             raise ValueError(f"rank_step must be a positive integer, got {self.rank_step!r}.")
+        if self.num_entries is None:
+            object.__setattr__(self, "num_entries", math.prod(self.shape))
+        elif self.num_entries < 1:
+            raise ValueError(f"num_entries must be a positive integer, got {self.num_entries!r}.")
+
+    @property
+    def norm(self) -> float:
+        """`√(Σ F)`, the root mean square over examples of the norm of their gradients, in loss per unit of weight."""
+        assert self.num_entries is not None
+        return math.sqrt(self.mean * self.num_entries)
 
 
 class FimScores(Mapping[str, LayerScore]):
@@ -119,6 +132,11 @@ class FimScores(Mapping[str, LayerScore]):
     def means(self) -> dict[str, float]:
         """Layer name to `LayerScore.mean`, as an argument of `allocate_ranks`."""
         return {name: score.mean for name, score in self.items()}
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Layer name to `LayerScore.norm`, as an argument of `allocate_ranks`."""
+        return {name: score.norm for name, score in self.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -186,6 +204,7 @@ def _layer_from_dict(content: Mapping[str, Any]) -> LayerScore:
         parameters_per_rank=None if parameters_per_rank is None else require_integer(parameters_per_rank, 1),
         rank_step=require_integer(content.get("rank_step", 1), 1),
         exact=require_boolean(content.get("exact", True)),
+        num_entries=None if content.get("num_entries") is None else require_integer(content["num_entries"], 1),
     )
 
 

@@ -6,8 +6,7 @@ from typing import cast
 
 import numpy as np
 
-from ..config import BUDGETS, DEFAULT_R_MAX_FACTOR, DEFAULT_SCORE_EXPONENT, Budget
-from .layer_grid import kind_of
+from ..config import BUDGETS, DEFAULT_R_MAX_FACTOR, Budget
 from .water_filling import Floats, Ints, integer_ranks
 
 
@@ -18,7 +17,7 @@ def allocate_ranks(
     r_min: int = 1,
     r_max: int | None = None,
     budget: Budget = "rank",
-    score_exponent: float = DEFAULT_SCORE_EXPONENT,
+    score_exponent: float = 1.0,
     shapes: Mapping[str, tuple[int, int]] | None = None,
     parameters_per_rank: Mapping[str, int] | None = None,
     rank_steps: Mapping[str, int] | None = None,
@@ -27,10 +26,9 @@ def allocate_ranks(
 
     The continuous solution is `r_i = clamp(λ · score_i ** score_exponent, r_min_i, r_max_i)`, with the one λ for which
     `Σ c_i r_i` equals the budget. `c_i` is 1 for `budget="rank"`. For `budget="parameters"` it is the cost of one more
-    rank, which is `d_in + d_out` for a d_out × d_in matrix. With `budget="kind"` the layers of each kind, such as
-    `q_proj`, share a rank budget and a λ of their own, and what follows holds within a kind. The ranks are then
-    rounded down, and the rest of the budget is distributed by largest remainder, one rank per layer. So every rank is
-    within one of the continuous solution (except for layers of score zero, see below), and:
+    rank, which is `d_in + d_out` for a d_out × d_in matrix. The ranks are then rounded down, and the rest of the
+    budget is distributed by largest remainder, one rank per layer. So every rank is within one of the continuous
+    solution (except for layers of score zero, see below), and:
 
     - A rank budget is used up exactly whenever the bounds allow it. A parameter budget is never exceeded, and
       the unused rest is less than the cost of one more rank for any layer that was rounded down.
@@ -56,8 +54,7 @@ def allocate_ranks(
         r: The rank that uniform LoRA would use, or the base rank r_i⁰ of each layer. The budget is `Σ c_i r_i⁰`.
         r_min: Smallest rank of a layer, at least 0. It is rounded up to a multiple of the layer's step.
         r_max: Largest rank of a layer, rounded down to such a multiple. `None` means four times its base rank.
-        budget: `"kind"`, `"rank"` or `"parameters"`; the last needs `parameters_per_rank` or `shapes`. Layers are of
-            one kind if their names differ only in the first number, the depth.
+        budget: `"rank"` or `"parameters"`; the latter needs `parameters_per_rank` or `shapes`.
         score_exponent: Positive. If the marginal value of the k-th rank of layer i falls like `score_i · k^-p`,
             the optimum is `r_i ∝ score_i ** (1/p)`, so a value below 1 is the principled way to soften the allocation.
         shapes: `(d_out, d_in)` of each layer. If given, no rank exceeds `min(d_out, d_in)`.
@@ -89,27 +86,16 @@ def allocate_ranks(
     if parameters_per_rank is None and shapes is not None:
         parameters_per_rank = {name: sum(shape) for name, shape in shapes.items()}
     costs = _costs(names, budget, parameters_per_rank)
-    ranks = np.zeros(len(names), dtype=np.int64)
-    for chosen in _problems(names, budget):
-        total = int((costs[chosen] * base_ranks[chosen]).sum())
-        weights = _weights([names[number] for number in chosen], scores, score_exponent)
-        ranks[chosen] = integer_ranks(weights, costs[chosen], lower[chosen], upper[chosen], steps[chosen], total)
+    weights = _weights(names, scores, score_exponent)
+    total = int((costs * base_ranks).sum())
+
+    ranks = integer_ranks(weights, costs, lower, upper, steps, total)
     by_name = dict(zip(names, ranks.tolist(), strict=True))
     return {name: by_name[name] for name in scores}
 
 
-def _problems(names: Sequence[str], budget: Budget) -> list[list[int]]:
-    """The layers, by their number, that share a budget."""
-    if budget != "kind":
-        return [list(range(len(names)))]
-    by_kind: dict[tuple[str, str], list[int]] = {}
-    for number, name in enumerate(names):
-        by_kind.setdefault(kind_of(name), []).append(number)
-    return list(by_kind.values())
-
-
 def budget_of(ranks: Mapping[str, int], budget: Budget, parameters_per_rank: Mapping[str, int] | None = None) -> int:
-    """The cost of these ranks: `Σ r_i`, or with `budget="parameters"` `Σ r_i c_i`, with c_i of `parameters_per_rank`.
+    """The cost of these ranks: `Σ r_i`, or `Σ r_i c_i` adapter parameters with c_i of `parameters_per_rank`.
 
     A parameter budget raises ValueError unless `parameters_per_rank` names exactly the layers of `ranks`.
     """
@@ -159,7 +145,7 @@ def _bounds(
 
 def _costs(names: Sequence[str], budget: Budget, parameters_per_rank: Mapping[str, int] | None) -> Ints:
     """The cost c_i of one more rank of each layer."""
-    if budget != "parameters":
+    if budget == "rank":
         return np.ones(len(names), dtype=np.int64)
     if parameters_per_rank is None:
         raise ValueError(

@@ -68,7 +68,7 @@ class Allocation:
         Raises `ValueError` if the bounds cannot be satisfied; see `allocate_ranks`.
         """
         ranks = allocate_ranks(
-            scores.means,
+            scores.means if fim_config.score == "mean" else scores.norms,
             base_ranks,
             r_min=fim_config.r_min,
             r_max=fim_config.r_max,
@@ -124,7 +124,7 @@ class Allocation:
     @property
     def budget_unit(self) -> str:
         """Unit of `budget` and `budget_used`, for people to read: `ranks` or `parameters`."""
-        return "parameters" if self.fim_config.budget == "parameters" else "ranks"
+        return "ranks" if self.fim_config.budget == "rank" else "parameters"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types."""
@@ -159,7 +159,8 @@ class Allocation:
             ranks=ranks,
             alphas=alphas,
             scores=scores,
-            fim_config=FimConfig(**content["fim_config"]),
+            # Files from before there was a choice do not name the score.
+            fim_config=FimConfig(**({"score": "mean"} | content["fim_config"])),
             r=require_integer(content["r"], 1),
             lora_alpha=_integer_if_whole(require_number(content["lora_alpha"])),
             use_rslora=require_boolean(content["use_rslora"]),

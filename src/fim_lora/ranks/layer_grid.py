@@ -69,12 +69,6 @@ def _format_table(grid: LayerGrid, values: Mapping[str, object]) -> str:
     return "\n".join(([grid.stack] if grid.stack else []) + lines)
 
 
-def kind_of(name: str) -> tuple[str, str]:
-    """The stack of a layer and its kind there; the same for layers whose names differ in their depth only."""
-    stack, _, kind = _split(name)
-    return stack, kind
-
-
 def _split(name: str) -> tuple[str, int | None, str]:
     """Stack, depth and kind of a layer."""
     parts = name.split(".")

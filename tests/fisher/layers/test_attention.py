@@ -45,7 +45,7 @@ def test_attention_as_peft_adapts_it(own_loop):
         r=4,
         target_modules=["attention", "first"],
         init_lora_weights="fim",
-        fim_config=FimConfig(2, budget="parameters", score_exponent=0.5),
+        fim_config=FimConfig(2, budget="parameters", score="mean", score_exponent=0.5),
     )
     model = get_peft_model(Attention(first=False), config).eval()
     uniform = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
