@@ -12,11 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.fisher.gradients.norms import gram_squared_norms, materialized_squared_norms, squared_norms
 from fim_lora.fisher.gradients.products import multiplies_uncopied
 from fim_lora.fisher.gradients.sketch import WIDTH, Sketch, random_signs, sketched_squared_norms
 from helpers.llama_calibration import assert_scores
+from helpers.proportional import proportional
 from helpers.quantized_models import TARGETS, dequantized_model, float_llama
 from helpers.single_layers import LAYERS, Net, assert_score, batches_for, by_row, per_example_truth, scores_of
 from helpers.tiny_models import llama, lm_batches, names_of, per_example_scores, token_batch
@@ -127,7 +128,7 @@ def truth_of(model, batches, *ends):
 
 
 def fim_model(base, batches, **options):
-    fim_config = FimConfig(fim_calibration_batches=batches, **options)
+    fim_config = proportional(fim_calibration_batches=batches, **options)
     config = LoraConfig(r=8, target_modules=list(TARGETS), init_lora_weights="fim", fim_config=fim_config)
     return get_peft_model(base, config)
 

@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from fim_lora import (
-    FimConfig,
     FimDiagonals,
     get_fim_diagonals,
     get_fim_scores,
@@ -21,6 +20,7 @@ from fim_lora import (
 from helpers import diagonals_in_processes
 from helpers.adapters import fim_model, hooks_of, logits, randomize
 from helpers.diagonals import assert_diagonals, diagonals_of_batches, diagonals_of_examples
+from helpers.proportional import proportional
 from helpers.single_layers import by_row, under_autocast
 from helpers.tiny_models import bert, class_batch, gpt2, llama, lm_batches, names_of, t5, token_batch
 from helpers.torchrun import NUM_PROCESSES, results_of
@@ -56,7 +56,11 @@ def test_all_layers_of_a_classifier_equal_autograd():
 
 
 def test_means_of_the_diagonals_are_the_scores():
-    config = LoraConfig(target_modules="all-linear", init_lora_weights="fim", fim_config=FimConfig(3, exact=True))
+    config = LoraConfig(
+        target_modules="all-linear",
+        init_lora_weights="fim",
+        fim_config=proportional(fim_calibration_batches=3, exact=True),
+    )
     scores = get_fim_scores(llama(), BATCHES, config, show_progress_bar=False)
     found = diagonals_of(llama(), BATCHES, list(scores))
     for name, score in scores.items():

@@ -31,9 +31,10 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.fisher.layers.attribution import UnattributableError, by_example
 from helpers.adapters import hooks_of, lora_layers, randomize
+from helpers.proportional import proportional
 
 BATCH, BATCHES, RANK, WORDS = 3, 2, 4, 20
 
@@ -198,7 +199,11 @@ class Case:
 
     def config(self, **options):
         options = {"r": RANK, "target_modules": self.targets} | options
-        return LoraConfig(init_lora_weights="fim", fim_config=FimConfig(BATCHES, score_exponent=0.5), **options)
+        return LoraConfig(
+            init_lora_weights="fim",
+            fim_config=proportional(fim_calibration_batches=BATCHES, score_exponent=0.5),
+            **options,
+        )
 
     def loss(self, model, batch):
         """The `forward_fn`. The loss of a diffusion model is the error of the predicted noise."""

@@ -11,12 +11,13 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from fim_lora import FimConfig, FimScores, InvalidFileError, RankAllocation, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import FimScores, InvalidFileError, RankAllocation, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.adapter.config_writer import verify_patterns
 from fim_lora.ranks.allocation import ALLOCATION_FILE
 from helpers.adapters import lora_layers, ranks_in
 from helpers.cli_inputs import VOCABULARY, allocate, texts, word_tokenizer, write_jsonl
 from helpers.expert_models import COMMON, mixtral, olmoe, qwen3_moe
+from helpers.proportional import proportional
 from helpers.tiny_models import llama, lm_batches
 
 MODELS = {
@@ -41,7 +42,9 @@ CASES = [(model, kind) for model in MODELS for kind in ("names", "names and rout
 
 
 def fused_config(target_modules, **options):
-    fim_config = FimConfig(3, **{key: options.pop(key) for key in ("r_min", "budget") if key in options})
+    fim_config = proportional(
+        fim_calibration_batches=3, **{key: options.pop(key) for key in ("r_min", "budget") if key in options}
+    )
     return LoraConfig(
         r=R, lora_alpha=8, target_modules=target_modules, init_lora_weights="fim", fim_config=fim_config, **options
     )
@@ -225,7 +228,7 @@ def test_the_command(tmp_path, options):
     word_tokenizer().save_pretrained(tmp_path / "model")
     data = write_jsonl(tmp_path / "data.jsonl", [{"text": text} for text in texts(8)])
     folder = tmp_path / "out"
-    options = ["-r", R, "--target-modules", "q_proj,w1,w2,w3", *options]
+    options = ["-r", R, "--target-modules", "q_proj,w1,w2,w3", "--budget", "rank", *options]
     assert allocate(tmp_path / "model", data, folder, *options) == 0
     allocation = RankAllocation.load(folder / ALLOCATION_FILE)
     # q_proj, gate_up_proj and down_proj of two layers.

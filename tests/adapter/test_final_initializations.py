@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from fim_lora import FimConfig, RankAllocation, allocate_ranks, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import RankAllocation, allocate_ranks, get_fim_scores, initialize_lora_fim_ranks
 from helpers.adapters import fim_lora_config, fim_model, logits, lora_layers, randomize, state_of
+from helpers.proportional import proportional
 from helpers.stock_peft import require_equal_outputs
 from helpers.tiny_models import eva_batches, gpt2, llama, lm_batches
 
@@ -120,7 +121,7 @@ def test_what_peft_refuses_leaves_model_and_base_weights_as_they_were(init):
             r=2,
             target_modules=["linear", "convolution"],
             init_lora_weights="fim",
-            fim_config=FimConfig(1, init_lora_weights=init),
+            fim_config=proportional(fim_calibration_batches=1, init_lora_weights=init),
         ),
     )
     before, config = copy.deepcopy(model.state_dict()), copy.deepcopy(model.peft_config["default"])

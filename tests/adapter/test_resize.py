@@ -7,13 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.adapter.config_writer import config_with_ranks
 from fim_lora.adapter.lora_layers import adapter_layers, layers_rebuilt_together
 from fim_lora.adapter.resize import Factors, resize_adapter
 from helpers.adapters import fim_lora_config, fim_model, hooks_of, logits, lora_layers, randomize
 from helpers.attention import Attention, attention_batches
 from helpers.mixtures import TARGETS, Mixture
+from helpers.proportional import proportional
 from helpers.single_layers import batches_of, floats
 from helpers.tiny_models import gpt2, llama, lm_batches, token_batch
 
@@ -133,7 +134,10 @@ KINDS = ["embedding", "convolution", "attention", "linear"]
 @pytest.mark.parametrize("way", ["get_peft_model", "low_cpu_mem_usage", "inject_adapter_in_model"])
 def test_every_kind_of_layer_in_every_way_to_make_an_adapter(way):
     config = LoraConfig(
-        r=2, target_modules=KINDS, init_lora_weights="fim", fim_config=FimConfig(2, score_exponent=0.5)
+        r=2,
+        target_modules=KINDS,
+        init_lora_weights="fim",
+        fim_config=proportional(fim_calibration_batches=2, score_exponent=0.5),
     )
     batches = [torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     plain = get_fim_scores(Layers(), batches, config, show_progress_bar=False)
@@ -157,7 +161,11 @@ def test_every_kind_of_layer_in_every_way_to_make_an_adapter(way):
 
 def test_parameters_and_attention_on_the_meta_device():
     config = LoraConfig(
-        r=2, target_modules=["first"], target_parameters=TARGETS, init_lora_weights="fim", fim_config=FimConfig(2)
+        r=2,
+        target_modules=["first"],
+        target_parameters=TARGETS,
+        init_lora_weights="fim",
+        fim_config=proportional(fim_calibration_batches=2),
     )
     model = get_peft_model(Mixture(), config, low_cpu_mem_usage=True)
     batches = batches_of(floats(7, 6))

@@ -10,13 +10,14 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from fim_lora import FimConfig, compress_lora, get_lora_spectrum, initialize_lora_fim_ranks
+from fim_lora import compress_lora, get_lora_spectrum, initialize_lora_fim_ranks
 from fim_lora.adapter.factors import weights_of
 from fim_lora.adapter.truncate import core_map, truncated_weights
 from helpers.adapters import logits, lora_layers
 from helpers.every_layer_type import batches, every_type, outputs
 from helpers.expert_models import mixtral, qwen3_moe
 from helpers.mixtures import Mixture
+from helpers.proportional import proportional
 from helpers.single_layers import WIDTH, batches_of, floats
 from helpers.stock_peft import stock
 from helpers.tiny_models import gpt2, llama, lm_batches
@@ -71,7 +72,7 @@ def allocated():
         r=8,
         target_modules=["q_proj", "v_proj", "down_proj"],
         init_lora_weights="fim",
-        fim_config=FimConfig(2, r_min=0, score_exponent=0.5),
+        fim_config=proportional(fim_calibration_batches=2, r_min=0, score_exponent=0.5),
     )
     model = get_peft_model(llama(layers=3), config)
     allocation = initialize_lora_fim_ranks(model, lm_batches(2), show_progress_bar=False)

@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from fim_lora import FimConfig, RankAllocation, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import RankAllocation, get_fim_scores, initialize_lora_fim_ranks
 from helpers.mixtures import Experts, Router
+from helpers.proportional import proportional
 from helpers.single_layers import WIDTH
 from helpers.tiny_models import llama, token_batch
 from helpers.torchrun import run_cases
@@ -43,7 +44,7 @@ def case(function):
 
 
 def config(awaits=True, **options):
-    fim = {"init_lora_weights": "fim", "fim_config": FimConfig(fim_calibration_batches=4, **options)}
+    fim = {"init_lora_weights": "fim", "fim_config": proportional(fim_calibration_batches=4, **options)}
     return LoraConfig(r=4, target_modules=TARGETS, **(fim if awaits else {}))
 
 

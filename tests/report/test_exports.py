@@ -11,8 +11,9 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from fim_lora import FimConfig, FimScores, LayerScore, RankAllocation
+from fim_lora import FimScores, LayerScore, RankAllocation
 from fim_lora.report.exports import FORMATS, export
+from helpers.proportional import proportional
 from helpers.spectra import compression, spectrum
 from helpers.tiny_models import llama, names_of
 
@@ -136,10 +137,10 @@ def test_csv_of_a_compression_has_the_ranks_before_and_the_parameters():
         {"lora_alpha": 8},
         {"lora_alpha": 16.0},
         {"use_dora": True, "lora_dropout": 0.1},
-        {"lora_alpha": 3, "fim_config": FimConfig(adjust_scaling_factors=False), "init_lora_weights": "fim"},
+        {"lora_alpha": 3, "fim_config": proportional(adjust_scaling_factors=False), "init_lora_weights": "fim"},
         {
             "use_rslora": True,
-            "fim_config": FimConfig(adjust_scaling_factors=False),
+            "fim_config": proportional(adjust_scaling_factors=False),
             "init_lora_weights": "fim",
         },
         {"init_lora_weights": "gaussian"},

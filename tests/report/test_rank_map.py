@@ -10,6 +10,7 @@ from peft import LoraConfig
 from fim_lora import FimConfig, FimScores, LayerScore, RankAllocation
 from fim_lora.report import picture
 from fim_lora.report.rank_map import _text_color, _ticks, draw_rank_map, rank_map_figure
+from helpers.proportional import proportional
 from helpers.spectra import compression, spectrum
 
 LLAMA_KINDS = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
@@ -29,7 +30,7 @@ def allocation_of(names, spread=1.0, **options):
         name: LayerScore(float(np.exp(spread * number)), 0.1, 32, (64, 64))
         for name, number in zip(names, numbers, strict=True)
     }
-    config = LoraConfig(r=8, init_lora_weights="fim", fim_config=FimConfig(**options))
+    config = LoraConfig(r=8, init_lora_weights="fim", fim_config=proportional(**options))
     return RankAllocation.from_scores(FimScores(scores, num_batches=8), config)
 
 

@@ -24,9 +24,10 @@ with warnings.catch_warnings():
     from sentence_transformers.losses import CosineSimilarityLoss, SoftmaxLoss
     from sentence_transformers.models import Pooling, Transformer
 
-from fim_lora import FimCompressionCallback, FimConfig, RankAllocation, get_fim_scores
+from fim_lora import FimCompressionCallback, RankAllocation, get_fim_scores
 from helpers.adapters import hooks_of, ranks_in
 from helpers.cli_inputs import save_bert, texts
+from helpers.proportional import proportional
 from helpers.trainers import BATCHES, NUM_EXAMPLES, allocate, arguments
 
 TARGETS = ["query", "value"]
@@ -40,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def config(**options):
-    fim_config = FimConfig(fim_calibration_batches=BATCHES)
+    fim_config = proportional(fim_calibration_batches=BATCHES)
     fim = {"init_lora_weights": "fim", "fim_config": fim_config, "r": 4}
     return LoraConfig(target_modules=TARGETS, **(fim | options))
 
