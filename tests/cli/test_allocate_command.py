@@ -25,7 +25,15 @@ def test_allocate_writes_three_files_and_nothing_else(llama, data, tmp_path, cap
     assert files(tmp_path) == ["out"]
     captured = capsys.readouterr()
     assert captured.err == ""
-    for word in ("32 of 32 ranks used", "4 examples in 2 batches", "Truncated", "0 of 4", "loading", "GiB", "q_proj"):
+    for word in (
+        "1,024 of 1,024 parameters used",
+        "4 examples in 2 batches",
+        "Truncated",
+        "0 of 4",
+        "loading",
+        "GiB",
+        "q_proj",
+    ):
         assert word in captured.out
     assert imread(tmp_path / "out" / "rank_map.png").size > 0
 

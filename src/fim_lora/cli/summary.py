@@ -90,7 +90,7 @@ def _rank_table(grid: LayerGrid, ranks: Mapping[str, int]) -> Table:
 
 def _extremes(allocation: RankAllocation) -> dict[str, list[str]]:
     """Heading to layer names, from the least to the most sensitive."""
-    by_score = sorted(allocation.scores, key=lambda name: (allocation.scores[name].mean, name))
+    by_score = sorted(allocation.scores, key=lambda name: (allocation.layer_scores[name], name))
     if len(by_score) <= 2 * _NUM_EXTREMES:
         return {"Layers from least to most sensitive": by_score}
     return {
@@ -102,10 +102,10 @@ def _extremes(allocation: RankAllocation) -> dict[str, list[str]]:
 def _sensitivity_table(names: Sequence[str], allocation: RankAllocation) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for heading in ("score", "± standard error", "rank"):
+    for heading in ("norm", "mean eFIM", "± standard error", "rank"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in names:
         score = allocation.scores[name]
         error = "unknown" if score.standard_error is None else f"{score.standard_error:.2g}"
-        table.add_row(escape(name), f"{score.mean:.3g}", error, str(allocation.ranks[name]))
+        table.add_row(escape(name), f"{score.norm:.3g}", f"{score.mean:.3g}", error, str(allocation.ranks[name]))
     return table

@@ -68,7 +68,7 @@ class Allocation:
         Raises `ValueError` if the bounds cannot be satisfied; see `allocate_ranks`.
         """
         ranks = allocate_ranks(
-            scores.means if fim_config.score == "mean" else scores.norms,
+            _layer_scores(scores, fim_config),
             base_ranks,
             r_min=fim_config.r_min,
             r_max=fim_config.r_max,
@@ -95,6 +95,11 @@ class Allocation:
             budget=budget_of(base_ranks, fim_config.budget, scores.parameters_per_rank),
             budget_used=budget_of(ranks, fim_config.budget, scores.parameters_per_rank),
         )
+
+    @property
+    def layer_scores(self) -> dict[str, float]:
+        """Layer name to what its rank was decided by: a norm or a mean, as `fim_config.score` says."""
+        return _layer_scores(self.scores, self.fim_config)
 
     @property
     def dropped_layers(self) -> list[str]:
@@ -188,6 +193,10 @@ class Allocation:
     def __str__(self) -> str:
         used = f"{self.budget_used:,} of {self.budget:,} {self.budget_unit}"
         return f"{len(self.ranks)} layers, budget {used}, {self.scores.measured}\n\n{format_grid(self.ranks)}"
+
+
+def _layer_scores(scores: FimScores, fim_config: FimConfig) -> dict[str, float]:
+    return scores.means if fim_config.score == "mean" else scores.norms
 
 
 def _rank_steps(scores: FimScores, fim_config: FimConfig) -> dict[str, int]:
