@@ -190,12 +190,12 @@ class SlowStart:
 
 
 def _shuffled(spectrum: LoraSpectrum, seed: int) -> LoraSpectrum:
-    """The same components with random values, in which case an order of them is a random order."""
+    """The same components with random values per parameter, so that every layer keeps as many on average."""
     generator = np.random.default_rng(seed)
-    layers = {
-        name: replace(layer, squared_norms=generator.random(layer.num_components, np.float32))
-        for name, layer in spectrum.items()
-    }
+    layers = {}
+    for name, layer in spectrum.items():
+        values = layer.parameters_per_component * generator.random(layer.num_components)
+        layers[name] = replace(layer, squared_norms=values.astype(np.float32))
     return LoraSpectrum(layers)
 
 

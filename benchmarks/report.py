@@ -2,7 +2,7 @@
 
     python benchmarks/report.py           # tables, as Markdown
     python benchmarks/report.py --json    # the same numbers, as JSON
-    python benchmarks/report.py --docs docs    # the tables and plots of docs/evidence.md
+    python benchmarks/report.py --docs docs    # the tables and plots of docs/evidence.md and docs/evidence_details.md
 
 A setting is a task, its targets, a rank, a number of steps and a precision. In each setting, the learning rate of a
 method is the one with the lowest loss on the development split. The first seed decides, which is the one that was run
@@ -51,7 +51,7 @@ def write_docs(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
     content, sizes = gains_report(results), sizes_by_setting(results)
     parts = [
         "# Tables",
-        "Written by `python benchmarks/report.py --docs docs`. [evidence.md](evidence.md) explains the numbers.",
+        "Written by `python benchmarks/report.py --docs docs`, and explained in [the details](evidence_details.md).",
         as_markdown(content),
         *(_size_table(name, methods) for name, methods in sizes.items()),
     ]

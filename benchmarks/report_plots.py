@@ -11,8 +11,8 @@ from speeds_and_sizes import Size
 
 SHOWN = {
     "cut": "begin wide, cut at 20 %",
-    "fim-parameters": "FIM ranks, as proposed",
-    "fim-kind-1/2": "FIM ranks within kinds",
+    "fim-sum-1/2": "FIM ranks, default",
+    "fim-rank": "FIM ranks, as proposed",
     "adalora": "AdaLoRA",
     "eva-rho-2": "EVA",
     "lora-ga": "LoRA-GA",
@@ -21,6 +21,7 @@ SHOWN = {
 """The methods of the picture in words, from top to bottom."""
 
 _OURS = ("cut", "fim-")
+_RANKS = ("r = 2", "r = 8")
 _TASK_NAMES = {"banking77": "Banking77", "sst2": "SST-2", "gsm8k": "GSM8K", "german": "German text"}
 
 
@@ -55,8 +56,10 @@ def _panels(settings: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str
     for setting, methods in settings.items():
         task, targets, rank, *_ = setting.split(", ")
         shown = {method: numbers for method, numbers in methods.items() if method in SHOWN}
-        if task in _TASK_NAMES and targets == "all-linear" and len(shown) > 1:
-            panels.setdefault(f"{_TASK_NAMES[task]}\n{rank}", {}).update(shown)
+        if task in _TASK_NAMES and targets == "all-linear" and shown and rank in _RANKS:
+            title = f"{_TASK_NAMES[task]}\n{rank}"
+            # Settings in float32 come before those of the same name in bfloat16, and are kept.
+            panels[title] = shown | panels.get(title, {})
     return panels
 
 

@@ -69,7 +69,8 @@ def require_sound(value):
         assert name
         assert name.isprintable()
         assert 0 <= score.mean < math.inf
-        assert all(is_integer(size, 1) for size in (*score.shape, score.parameters_per_rank, score.rank_step))
+        sizes = (*score.shape, score.parameters_per_rank, score.rank_step, score.num_entries)
+        assert all(is_integer(size, 1) for size in sizes)
     if isinstance(value, FimScores):
         return
     assert set(value.ranks) == set(value.alphas) == set(measured) != set()

@@ -26,7 +26,7 @@ class FimConfig:
 
     By default ranks are proportional to the norm of each layer's gradient, under a budget of parameters. The proposal
     to PEFT divides a budget of ranks in proportion to the mean of the eFIM: `FimConfig(score="mean", budget="rank")`.
-    That lost to uniform ranks on language models (`docs/evidence.md`), so it is not the default. The other defaults
+    That lost to uniform ranks on SST-2 and GSM8K (`docs/evidence.md`), so it is not the default. The other defaults
     are those of the proposal.
 
     Args:

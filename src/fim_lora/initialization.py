@@ -61,8 +61,10 @@ def initialize_lora_fim_ranks(
         dataloader: Yields batches (mapping, `BatchEncoding`, tuple or tensor), of which
             `fim_config.fim_calibration_batches` are used, in eval mode, with the LoRA layers disabled. Trained
             `modules_to_save` stay in use, because they are part of the loss that will be trained.
-        fim_scores: The result of `get_fim_scores`, or a mapping of layer name to a score or to an eFIM diagonal
-            (a tensor of any shape, whose mean is used). Names may have the prefix `base_model.model.`.
+        fim_scores: The result of `get_fim_scores`, or a mapping of layer name to the mean of an eFIM diagonal, or to
+            the diagonal (a tensor of any shape, whose mean is used). Names may have the prefix `base_model.model.`.
+            Ranks are proportional to the given numbers with `FimConfig(score="mean")`, and by default to the root of
+            their product with the number of entries.
         forward_fn: Takes model and batch and returns something with `.loss` or `["loss"]`, or a scalar loss. By
             default `model(**batch)`.
         adapter_name: The adapter.

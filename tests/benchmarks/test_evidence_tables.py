@@ -4,6 +4,7 @@ import pytest
 
 import gains
 import report
+import report_plots
 from helpers.benchmark_runs import make_result
 
 
@@ -80,3 +81,22 @@ def test_the_documents_have_every_method_and_a_picture(tmp_path):
     assert "| fim-rank | 40 | 1 of 1 | 2.0 |" in text
     assert "### Exact match" not in text
     assert (tmp_path / "evidence_gains.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_a_panel_for_each_short_task_and_rank(tmp_path):
+    numbers = {"mean_loss_gain": 0.1, "loss_ci95": [0.0, 0.2]}
+    other = {"mean_loss_gain": -0.1, "loss_ci95": [-0.2, 0.0]}
+    settings = {
+        "gsm8k, all-linear, r = 2, 40 steps": {"uniform": numbers, "fim-rank": numbers},
+        "gsm8k, all-linear, r = 2, 40 steps, bfloat16": {"cut": other, "fim-rank": other},
+        "german, all-linear, r = 2, 100 steps, bfloat16": {"cut": numbers},
+        "banking77, attention, r = 2, 120 steps": {"cut": numbers},
+        "banking77-long, all-linear, r = 8, 400 steps, bfloat16": {"fim-rank": numbers},
+        "sst2, all-linear, r = 2, 120 steps": {"random": numbers},
+    }
+    assert report_plots._panels(settings) == {
+        "GSM8K\nr = 2": {"fim-rank": numbers, "cut": other},
+        "German text\nr = 2": {"cut": numbers},
+    }
+    report_plots.plot_gains(settings, tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")

@@ -7,6 +7,7 @@ import quality_cuts
 import quality_methods
 import quality_tasks
 import quality_training
+from fim_lora import get_lora_spectrum
 from helpers.benchmark_runs import CALIBRATION_BATCHES, STEPS, tiny_setting
 from quality_results import Run
 
@@ -80,3 +81,44 @@ def test_a_fresh_optimizer_forgets_the_adapter(monkeypatch):
     assert kept == list(range(1, STEPS + 1))
     _, _, fresh = trained("cut-fresh-optimizer", monkeypatch)
     assert fresh == [1, 2, 3, 0, *range(1, STEPS - 3)]
+
+
+def test_random_components_are_of_every_layer():
+    """Layers of unequal cost keep as many of their components on average."""
+    torch.manual_seed(0)
+    model = tiny_setting().adapted(tiny_setting().config(8))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    spectrum = get_lora_spectrum(model, None)
+    costs = set(spectrum.costs.values())
+    assert len(costs) > 1
+    kept = dict.fromkeys(costs, 0)
+    for seed in range(20):
+        shuffled = quality_cuts._shuffled(spectrum, seed)
+        for name, rank in shuffled.ranks_of(shuffled.keep(shuffled.num_parameters // 2)).items():
+            kept[spectrum.costs[name]] += rank
+    shares = [kept[cost] / sum(8 * 20 for one in spectrum.costs.values() if one == cost) for cost in costs]
+    assert shares == pytest.approx([0.5] * len(costs), abs=0.06)
+
+
+def test_a_slow_start_has_a_quarter_of_the_rate(monkeypatch):
+    _, moves, _ = trained(quality_cuts.SLOW_START, monkeypatch)
+    assert moves[0] == pytest.approx(RATE / 2 / 4, rel=1e-3)
+    sizes, uniform, _ = trained("uniform", monkeypatch)
+    assert uniform[0] == pytest.approx(RATE / 2, rel=1e-3)
+    assert set(sizes) == {size_of(RANK)}
+
+
+def test_rows_of_a_keep_their_norms_and_nothing_jumps():
+    model = tiny_setting().adapted(tiny_setting().config(4))
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
+    model(**CALIBRATION_BATCHES[0]).loss.backward()
+    optimizer.step()
+    model.eval()
+    before = model(**CALIBRATION_BATCHES[1]).logits.detach()
+    norms = {name: 2.0 for name, _ in quality_cuts._lora_layers(model)}
+    quality_cuts._rescale(model, optimizer, norms)
+    torch.testing.assert_close(model(**CALIBRATION_BATCHES[1]).logits, before, rtol=1e-4, atol=1e-5)
+    assert quality_cuts._mean_norms_of_a(model) == pytest.approx(norms, rel=1e-5)

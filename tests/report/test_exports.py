@@ -96,11 +96,11 @@ def axolotl_config(text):
 def test_csv_has_a_row_for_each_layer():
     allocation, config = allocated()
     rows = list(csv.DictReader(io.StringIO(export(allocation, config, "csv"))))
-    assert list(rows[0]) == ["layer", "score", "standard_error", "rank"]
+    assert list(rows[0]) == ["layer", "norm", "mean_efim", "standard_error", "rank"]
     assert {row["layer"]: int(row["rank"]) for row in rows} == allocation.ranks
     for row in rows:
         score = allocation.scores[row["layer"]]
-        assert float(row["score"]) == score.mean
+        assert (float(row["norm"]), float(row["mean_efim"])) == (score.norm, score.mean)
         assert row["standard_error"] == ("" if score.standard_error is None else repr(score.standard_error))
     assert [row["standard_error"] for row in rows].count("") == 1
 

@@ -54,7 +54,7 @@ def allocate_ranks(
         r: The rank that uniform LoRA would use, or the base rank r_i⁰ of each layer. The budget is `Σ c_i r_i⁰`.
         r_min: Smallest rank of a layer, at least 0. It is rounded up to a multiple of the layer's step.
         r_max: Largest rank of a layer, rounded down to such a multiple. `None` means four times its base rank.
-        budget: `"rank"` or `"parameters"`; the latter needs `parameters_per_rank` or `shapes`.
+        budget: `"rank"` or `"parameters"`, the default of `FimConfig`, which needs `parameters_per_rank` or `shapes`.
         score_exponent: Positive. If the marginal value of the k-th rank of layer i falls like `score_i · k^-p`,
             the optimum is `r_i ∝ score_i ** (1/p)`, so a value below 1 is the principled way to soften the allocation.
         shapes: `(d_out, d_in)` of each layer. If given, no rank exceeds `min(d_out, d_in)`.

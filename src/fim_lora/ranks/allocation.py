@@ -164,8 +164,7 @@ class Allocation:
             ranks=ranks,
             alphas=alphas,
             scores=scores,
-            # Files from before there was a choice do not name the score.
-            fim_config=FimConfig(**({"score": "mean"} | content["fim_config"])),
+            fim_config=FimConfig(**content["fim_config"]),
             r=require_integer(content["r"], 1),
             lora_alpha=_integer_if_whole(require_number(content["lora_alpha"])),
             use_rslora=require_boolean(content["use_rslora"]),

@@ -83,7 +83,8 @@ def export(result: Result, config: LoraConfig, file_format: str) -> str:
 def _csv(result: Result, config: LoraConfig) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    others = ["rank_before", "parameters"] if isinstance(result, Compression) else ["score", "standard_error"]
+    of_scores = ["norm", "mean_efim", "standard_error"]
+    others = ["rank_before", "parameters"] if isinstance(result, Compression) else of_scores
     writer.writerow(["layer", *others, "rank"])
     for name, rank in result.ranks.items():
         if name.startswith(_FORMULA_STARTS):
@@ -95,12 +96,12 @@ def _csv(result: Result, config: LoraConfig) -> str:
     return text.getvalue()
 
 
-def _values(result: Result, name: str) -> tuple[float | None, float | None]:
+def _values(result: Result, name: str) -> tuple[float | None, ...]:
     """The columns of the table between the name and the rank of a layer."""
     if isinstance(result, Compression):
         return result.ranks_before[name], result.ranks[name] * result.parameters_per_rank[name]
     score = result.scores[name]
-    return score.mean, score.standard_error
+    return score.norm, score.mean, score.standard_error
 
 
 def _peft(result: Result, config: LoraConfig) -> str:

@@ -43,8 +43,11 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
         at: The share of the steps after which the adapter is cut, between 0 and 1; rounded up to a whole step.
         wide_scale: Factor on the learning rate of the adapter until the cut. `None` means the share of the parameters
             that the cut leaves, `r / R` for an adapter that begins at rank R: wide adapters need a smaller rate than
-            narrow ones (`docs/evidence.md` compares). Other trained parameters keep their rate, and schedulers and
-            logs do not see the factor.
+            narrow ones (`docs/evidence.md` compares). Other trained parameters, such as biases and a new classifier,
+            keep their rate, and schedulers and logs do not see the factor. It is applied to each update of A and B
+            after the optimizer's step, for which a copy of both is kept until the cut. This is a scaled learning rate
+            with SGD, Adam and AdamW. With optimizers that keep weights of their own, such as schedule-free ones or
+            those with master weights, pass 1.
         adapter_name: The adapter.
         num_batches: Micro-batches before the cut that give the spectrum, in each process.
 
@@ -79,7 +82,7 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
             raise ValueError(f"at must be between 0 and 1, a share of the training steps, got {at!r}.")
         if wide_scale is not None and not (math.isfinite(wide_scale) and wide_scale > 0):
             raise ValueError(
-                f"wide_scale must be positive and finite, a factor on learning rates, got {wide_scale!r}."
+                f"wide_scale must be positive and finite, a factor on learning rates, or None, got {wide_scale!r}."
             )
         self.r, self.at, self.wide_scale = r, at, wide_scale
         self.adapter_name, self.num_batches = adapter_name, num_batches
@@ -139,7 +142,7 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The optimizer is about to step."""
+        """Remember the weights that the optimizer is about to change."""
         if self._phase is not None:
             self._phase.before_update()
 

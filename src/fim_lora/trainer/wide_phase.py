@@ -99,7 +99,7 @@ class WidePhase:
         self._moments.loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
 
     def before_update(self) -> None:
-        """The optimizer is about to step."""
+        """Remember the weights that the optimizer is about to change."""
         if self._scale != 1:
             self._before = [weight.detach().clone() for weight in self._weights]
 
