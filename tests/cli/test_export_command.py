@@ -81,7 +81,7 @@ def test_export_replaces_a_file_only_when_told(allocated, tmp_path, capsys):
     assert f"{target} exists: give another --output, or --overwrite" in error_line(capsys)
     assert target.read_text() == "mine"
     assert export(allocated / "plain", "--format", "csv", "--output", target, "--overwrite") == 0
-    assert target.read_text().startswith("layer,score,")
+    assert target.read_text().startswith("layer,norm,")
     assert export(allocated / "plain", "--format", "csv") == 0
     assert capsys.readouterr().out == target.read_text()
     assert files(tmp_path) == ["ranks.csv"]
