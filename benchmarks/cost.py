@@ -51,17 +51,18 @@ from cost_methods import (
     REFERENCE,
     Batch,
     Case,
-    allocation_seconds,
     load_model,
     make_batches,
     number_of_layers,
+    prepare_allocation,
+    prepare_truncation,
     resolved_targets,
     tiny_batches,
-    truncation_seconds,
 )
 from cost_report import print_report
 from cost_shapes import PREFIX, in_four_bits, random_batches, random_model
-from cost_timing import Row, break_down, physical_limit, print_progress, time_rows
+from cost_timing import Row, break_down, physical_limit, print_progress, time_rows, timed
+from fim_lora import get_fim_scores
 from peak_memory import ALLOCATOR_ENVIRONMENT, MIB, extra_peak
 
 DTYPES = ("float32", "bfloat16")
@@ -205,8 +206,14 @@ def main(command_line: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"settings": describe_settings(arguments, case), "machine": describe_machine(device)}
     rows = time_rows(arguments, case, batches, device)
     report["limit"] = physical_limit(case, arguments.batch_size, arguments.length, device)
-    report["allocation_seconds"] = statistics.median(allocation_seconds(case, batches[:1], arguments.repeats))
-    report["truncation_seconds"] = statistics.median(truncation_seconds(case, batches[:1], arguments.repeats))
+    one = batches[:1]
+    scores = get_fim_scores(case.fim_adapter(one), one, show_progress_bar=False)
+    steps = {
+        "allocation_seconds": lambda: prepare_allocation(case, one, scores),
+        "truncation_seconds": lambda: prepare_truncation(case, one),
+    }
+    for name, prepare in steps.items():
+        report[name] = statistics.median(timed(prepare(), device) for _ in range(arguments.repeats))
     with_breakdown = CALIBRATION in arguments.methods and not arguments.no_breakdown
     breakdown = break_down(case, batches, device, arguments.repeats) if with_breakdown else None
     if not arguments.no_memory:

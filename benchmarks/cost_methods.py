@@ -316,50 +316,17 @@ def timed_squared_norms(device: torch.device) -> Iterator[list[float]]:
         yield seconds
 
 
-def allocation_seconds(case: Case, batches: list[Batch], repeats: int) -> list[float]:
-    """Seconds from scores to an initialized adapter: allocation, rebuilding of the layers, new config.
-
-    Args:
-        case: The model.
-        batches: Calibration batches for the scores. The calibration is not timed.
-        repeats: Number of repeats.
-
-    Returns:
-        Seconds of each repeat.
-    """
-    scores: FimScores = get_fim_scores(case.fim_adapter(batches), batches, show_progress_bar=False)
-    seconds = []
-    for _ in range(repeats):
-        model = case.fim_adapter(batches)
-        synchronize(batches[0]["input_ids"].device)
-        start = perf_counter()
-        initialize_lora_fim_ranks(model, fim_scores=scores)
-        synchronize(batches[0]["input_ids"].device)
-        seconds.append(perf_counter() - start)
-    return seconds
+def prepare_allocation(case: Case, batches: list[Batch], scores: FimScores) -> Run:
+    """From given scores to an initialized adapter: allocation, rebuilding of the layers, new config."""
+    model = case.fim_adapter(batches)
+    return lambda: initialize_lora_fim_ranks(model, fim_scores=scores)
 
 
-def truncation_seconds(case: Case, batches: list[Batch], repeats: int) -> list[float]:
-    """Seconds to decide what an adapter keeps at a quarter of its size, and to truncate it.
-
-    Args:
-        case: The model.
-        batches: Calibration batches for the spectrum. The calibration is not timed.
-        repeats: Number of repeats.
-
-    Returns:
-        Seconds of each repeat.
-    """
-    seconds = []
-    for _ in range(repeats):
-        model = _as_if_trained(case)
-        spectrum = _measure_spectrum(model, batches)
-        synchronize(batches[0]["input_ids"].device)
-        start = perf_counter()
-        compress_lora(model, spectrum, keep=0.25)
-        synchronize(batches[0]["input_ids"].device)
-        seconds.append(perf_counter() - start)
-    return seconds
+def prepare_truncation(case: Case, batches: list[Batch]) -> Run:
+    """From a spectrum to a quarter of the adapter: what it keeps, and the truncation."""
+    model = _as_if_trained(case)
+    spectrum = _measure_spectrum(model, batches)
+    return lambda: compress_lora(model, spectrum, keep=0.25)
 
 
 def synchronize(device: torch.device) -> None:

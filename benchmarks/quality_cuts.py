@@ -6,7 +6,6 @@ the parameters of uniform LoRA.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +15,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from fim_lora import LoraSpectrum, compress_lora, get_lora_spectrum
-from fim_lora.trainer.wide_phase import WidePhase, WideSettings
+from fim_lora.trainer.wide_phase import WidePhase, WideSettings, step_of_share
 from quality_methods import Setting, by_scores, fim_scores
+from quality_results import Run
 from quality_tasks import Batch
 
 NUM_BATCHES = 8
@@ -63,15 +63,28 @@ class Cut:
         phases: list[WideSettings] = []
         for index, share in enumerate(self.shares):
             present, after = (rank * self.factor ** (1 - done / len(self.shares)) for done in (index, index + 1))
-            start, cut_step = phases[-1].cut_step if phases else 1, math.ceil(share * steps - 1e-6)
+            start, cut_step = phases[-1].cut_step if phases else 1, step_of_share(share, steps)
             first = max(cut_step - NUM_BATCHES, start)
             scale = (rank / present) ** self.rate
             phases.append(WideSettings("default", round(after), scale, first, cut_step, NUM_BATCHES))
         return phases
 
 
-class CutTraining:
-    """The cuts of one training. Its methods are called at the events of a trainer, as those of a callback.
+class TrainingEvents:
+    """What a method does during a training: by default nothing. It is called as a trainer calls its callbacks."""
+
+    def begin_step(self, step: int, batch: Batch) -> None:
+        """The passes of a step begin. Steps are counted from 0."""
+
+    def before_optimizer(self) -> None:
+        """The optimizer is about to step."""
+
+    def end_step(self, step: int) -> None:
+        """The optimizer has taken this step, and the schedule has not."""
+
+
+class CutTraining(TrainingEvents):
+    """The cuts of one training.
 
     Args:
         cut: What to do.
@@ -92,24 +105,24 @@ class CutTraining:
         return WidePhase(self._model, self._optimizer, self._phases.pop(0)) if self._phases else None
 
     def begin_step(self, step: int, batch: Batch) -> None:
-        """The passes of a step begin. Steps are counted from 0."""
+        """Record the passes of the last steps before a cut."""
         if self._phase is not None:
             self._phase.begin_step(step)
             self._batches.append(batch)
 
     def before_optimizer(self) -> None:
-        """The optimizer is about to step."""
+        """Remember the weights that the optimizer is about to change."""
         if self._phase is not None:
             self._phase.before_update()
 
     def end_step(self, step: int) -> None:
-        """The optimizer has taken this step, and the schedule has not."""
+        """Scale the update, and cut when it is time."""
         if self._phase is None:
             return
         self._phase.after_update()
         if step + 1 < self._phase.settings.cut_step:
             return
-        norms = _mean_norms_of_a(self._model)
+        norms = _mean_norms_of_a(self._model) if self._cut.rows_of_a else {}
         if self._cut.criterion == "fim":
             self._phase.cut()
         else:
@@ -162,30 +175,31 @@ def _rescale(model: Any, optimizer: Any, norms: dict[str, float]) -> None:
             state["exp_avg_sq"].div_(factor**2)
 
 
-class SlowStart:
-    """A control for `CutTraining`: uniform LoRA with a quarter of its learning rate in the first 20 % of the steps.
+class SlowStart(TrainingEvents):
+    """A control for `CutTraining`: uniform LoRA with the learning rate of a wide phase, and no cut at its end.
 
     Args:
         optimizer: The optimizer, whose first group is the adapter.
-        steps: Steps of the training.
+        end: The number of steps with the smaller rate.
+        scale: Factor on the learning rate in these.
     """
 
-    def __init__(self, optimizer: Any, steps: int) -> None:
-        self._adapter, self._end = optimizer.param_groups[0], math.ceil(0.2 * steps - 1e-6)
+    def __init__(self, optimizer: Any, end: int, scale: float) -> None:
+        self._adapter, self._end, self._scale = optimizer.param_groups[0], end, scale
         self._step, self._rate = 0, 0.0
 
     def begin_step(self, step: int, batch: Batch) -> None:
-        """The passes of a step begin."""
+        """Note the step."""
         self._step = step
 
     def before_optimizer(self) -> None:
-        """The optimizer is about to step."""
+        """Scale the learning rate."""
         self._rate = self._adapter["lr"]
         if self._step < self._end:
-            self._adapter["lr"] = self._rate / 4
+            self._adapter["lr"] = self._rate * self._scale
 
     def end_step(self, step: int) -> None:
-        """The optimizer has taken this step."""
+        """Restore the learning rate."""
         self._adapter["lr"] = self._rate
 
 
@@ -219,3 +233,13 @@ CUTS: dict[str, Cut] = {
     "cut-rows-of-a": Cut(rows_of_a=True),
 }
 """The methods that cut, by name: from four times the rank after 20 % of the steps, or with one change of that."""
+
+
+def training_events(run: Run, model: Any, optimizer: Any) -> TrainingEvents:
+    """What the method of a run does during the training."""
+    if run.method == SLOW_START:
+        cut = CUTS["cut"]
+        return SlowStart(optimizer, cut.phases(run.rank, run.steps)[0].cut_step, 1 / cut.factor)
+    if run.method in CUTS:
+        return CutTraining(CUTS[run.method], model, optimizer, run.rank, run.steps, run.seed)
+    return TrainingEvents()

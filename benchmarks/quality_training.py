@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from quality_cuts import CUTS, SLOW_START, CutTraining, SlowStart
+from quality_cuts import CUTS, SLOW_START, training_events
 from quality_methods import METHODS as COMPARED_METHODS
 from quality_methods import Method, Setting, adapter_parameters
 from quality_results import Run
@@ -170,24 +170,17 @@ class Bench:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer, schedule = optimizer_and_schedule(model, run.learning_rate, run.steps)
         update_ranks = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
-        cuts: CutTraining | SlowStart | None = None
-        if run.method == SLOW_START:
-            cuts = SlowStart(optimizer, run.steps)
-        elif run.method in CUTS:
-            cuts = CutTraining(CUTS[run.method], model, optimizer, run.rank, run.steps, run.seed)
+        events = training_events(run, model, optimizer)
         torch.manual_seed(2000 + run.seed)
         for step, batch in enumerate(data):
             start = self._synchronized_time()
             model.train()
-            if cuts is not None:
-                cuts.begin_step(step, batch)
+            events.begin_step(step, batch)
             model(**batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            if cuts is not None:
-                cuts.before_optimizer()
+            events.before_optimizer()
             optimizer.step()
-            if cuts is not None:
-                cuts.end_step(step)
+            events.end_step(step)
             schedule.step()
             if update_ranks is not None:
                 update_ranks(step)

@@ -78,9 +78,9 @@ def _sum_over_entries(score_exponent: float = 1.0) -> Method:
     """Score by the sum over the entries of the weight instead of the mean; the exponent 1/2 gives the norm."""
 
     def adapter(setting: Setting) -> Any:
+        power_of_norm = 2 * score_exponent
         scores = fim_scores(setting)
-        sums = {name: score.mean * score.shape[0] * score.shape[1] for name, score in scores.items()}
-        return by_scores(setting, with_means(scores, sums), budget="parameters", score_exponent=score_exponent)
+        return by_scores(setting, scores, score="norm", budget="parameters", score_exponent=power_of_norm)
 
     return adapter
 

@@ -17,7 +17,7 @@ from ..adapter.fit_checkpoint import fit_to_checkpoints, stop_fitting
 from ..compression import LoraCompression
 from ..runtime.wrappers import unwrap
 from .trainer_kinds import rows_per_example_in_passes
-from .wide_phase import WidePhase, WideSettings
+from .wide_phase import WidePhase, WideSettings, step_of_share
 
 # Kinds of parallel training in which processes hold other tensors than the model's parameters.
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -199,8 +199,7 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
             phase.stop()
 
     def _settings(self, args: TrainingArguments, state: TrainerState) -> WideSettings:
-        # Rounding errors must not add a step: 0.1 · 550 is above 55.
-        cut_step = math.ceil(self.at * state.max_steps - 1e-6)
+        cut_step = step_of_share(self.at, state.max_steps)
         if cut_step < 2:
             raise ValueError(
                 f"at={self.at:g} of max_steps={state.max_steps} would cut the adapter after step {cut_step}, when it "

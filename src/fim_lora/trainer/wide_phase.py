@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,12 @@ class WideSettings:
     cut_step: int
     num_batches: int
     sequences_per_example: int = 1
+
+
+def step_of_share(share: float, steps: int) -> int:
+    """The number of steps that this share of all steps makes, rounded up."""
+    # Rounding errors must not add a step: 0.1 · 550 is above 55.
+    return math.ceil(share * steps - 1e-6)
 
 
 _ADVICE = "If that is wrong, cut the adapter after the training, by `get_lora_spectrum` with a dataloader"
