@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from quality_cuts import CUTS, SLOW_START, training_events
 from quality_methods import METHODS as COMPARED_METHODS
 from quality_methods import Method, Setting, adapter_parameters
+from quality_needs import NEEDS
 from quality_results import Run
 from quality_tasks import (
     HUB,
@@ -36,7 +37,7 @@ from quality_tasks import (
 )
 from quality_variants import VARIANTS
 
-METHODS: dict[str, Method] = COMPARED_METHODS | VARIANTS | CUTS | {SLOW_START: COMPARED_METHODS["uniform"]}
+METHODS: dict[str, Method] = COMPARED_METHODS | VARIANTS | NEEDS | CUTS | {SLOW_START: COMPARED_METHODS["uniform"]}
 """All methods and variants by name."""
 
 WARM_UP = 0.1

@@ -38,7 +38,8 @@ _HEAD_LEARNING_RATE = 1e-2
 # --- The scaling of a layer whose rank changed ------------------------------------------------------------------
 
 
-def _allocation(setting: Setting, **fim_options: Any) -> tuple[RankAllocation, Any]:
+def proposed_allocation(setting: Setting, **fim_options: Any) -> tuple[RankAllocation, Any]:
+    """The allocation as in the proposal, with a parameter budget and these options, and the config it belongs to."""
     fim_config = FimConfig(**(PROPOSAL | {"budget": "parameters"} | fim_options))
     config = setting.config(init_lora_weights="fim", fim_config=fim_config)
     return RankAllocation.from_scores(fim_scores(setting), config), config
@@ -48,7 +49,7 @@ def _scaled(power: float, **fim_options: Any) -> Method:
     """Multiply the scaling of each layer by `(r / r_i) ** power`."""
 
     def adapter(setting: Setting) -> Any:
-        allocation, config = _allocation(setting, **fim_options)
+        allocation, config = proposed_allocation(setting, **fim_options)
         alphas = {name: SCALING * rank * (setting.rank / rank) ** power for name, rank in allocation.ranks.items()}
         return setting.adapted(replace(allocation, alphas=alphas).to_lora_config(config))
 
@@ -57,7 +58,7 @@ def _scaled(power: float, **fim_options: Any) -> Method:
 
 def _uniform_with_scaling_by_rank(setting: Setting) -> Any:
     """The other half of a reallocation: every layer has rank r, and its scaling is multiplied by `r_i / r`."""
-    allocation, config = _allocation(setting)
+    allocation, config = proposed_allocation(setting)
     alphas = {name: SCALING * rank for name, rank in allocation.ranks.items()}
     uniform = dict.fromkeys(allocation.ranks, setting.rank)
     return setting.adapted(replace(allocation, ranks=uniform, alphas=alphas).to_lora_config(config))
@@ -89,7 +90,7 @@ def _within_kinds(score_exponent: float) -> Method:
     """Divide the budget of each kind of layer, such as `q_proj`, among the depths; kinds keep their budgets."""
 
     def adapter(setting: Setting) -> Any:
-        allocation, config = _allocation(setting)
+        allocation, config = proposed_allocation(setting)
         ranks: dict[str, int] = {}
         for grid in layer_grids(allocation.scores):
             for kind in grid.kinds:
@@ -206,7 +207,7 @@ def greedy_ranks(gains: Mapping[str, list[float]], costs: Mapping[str, int], lim
 
 def _spectrum(setting: Setting) -> Any:
     """Greedy ranks; the gain of the k-th rank is the square of the k-th singular value of the mean gradient."""
-    allocation, config = _allocation(setting)
+    allocation, config = proposed_allocation(setting)
     scores = allocation.scores
     total: dict[str, Tensor] = {}
     for gradients in batch_gradients(setting, list(scores)):
