@@ -53,16 +53,18 @@ def test_a_failure_while_layers_are_rebuilt_leaves_no_trace():
     before, output = state_of(model), logits(model)
     before = state_of(model)
     with running_out_of_memory(list(lora_layers(model).values())[-1]):
-        initialize_lora_fim_ranks(model)
+        initialize_lora_fim_ranks(model, discard_weights=True)
     assert state_of(model) == before
     assert torch.equal(logits(model), output)
-    initialize_lora_fim_ranks(model)
+    initialize_lora_fim_ranks(model, discard_weights=True)
 
 
 MERGED_CALLS = {
-    "own loop": lambda model: initialize_lora_fim_ranks(model),
-    "dataloader": lambda model: initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False),
-    "given scores": lambda model: initialize_lora_fim_ranks(model, fim_scores=ONES),
+    "own loop": lambda model: initialize_lora_fim_ranks(model, discard_weights=True),
+    "dataloader": lambda model: initialize_lora_fim_ranks(
+        model, lm_batches(), show_progress_bar=False, discard_weights=True
+    ),
+    "given scores": lambda model: initialize_lora_fim_ranks(model, fim_scores=ONES, discard_weights=True),
     "scores": lambda model: get_fim_scores(model, lm_batches(), show_progress_bar=False),
 }
 

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .adapter.adapted_part import adapted_part
-from .adapter.checks import require_resizable
+from .adapter.checks import require_resizable, require_untrained
 from .adapter.eva_directions import eva_directions, require_eva
 from .adapter.lora_layers import adapter_layers, name_in_base_model
 from .adapter.pending_config import awaiting_config, final_initialization, require_own_config
@@ -33,6 +33,7 @@ def initialize_lora_fim_ranks(
     forward_fn: ForwardFn | None = None,
     adapter_name: str = "default",
     show_progress_bar: bool = True,
+    discard_weights: bool = False,
 ) -> RankAllocation:
     """Decide the rank of every LoRA layer from the eFIM, and initialize the adapter at these ranks.
 
@@ -42,10 +43,9 @@ def initialize_lora_fim_ranks(
 
     Afterward, the adapter is an ordinary LoRA adapter: `peft_config[adapter_name]` has no `fim_config`, the new
     `rank_pattern` and `alpha_pattern`, and `fim_config.init_lora_weights` as its initialization. By default A is
-    random and B is zero, as PEFT initializes each layer type, so the model's output is that of the base model; an
-    adapter that was trained before starts from scratch. A layer of rank 0 (only with `r_min=0`) loses its adapter,
-    and `target_modules` is updated, as with EVA. Dropout, bias, `modules_to_save`, other adapters, devices, dtypes
-    and `requires_grad` do not change.
+    random and B is zero, as PEFT initializes each layer type, so the model's output is that of the base model. A layer
+    of rank 0 (only with `r_min=0`) loses its adapter, and `target_modules` is updated, as with EVA. Dropout, bias,
+    `modules_to_save`, other adapters, devices, dtypes and `requires_grad` do not change.
 
     An optimizer that was built before the call stays valid: the same `nn.Parameter` objects carry the new tensors.
     If it has taken steps before, its state has the old shapes, and its next step raises for every layer whose rank
@@ -69,25 +69,26 @@ def initialize_lora_fim_ranks(
             default `model(**batch)`.
         adapter_name: The adapter.
         show_progress_bar: Whether to show the progress of a calibration over `dataloader`.
+        discard_weights: Whether an adapter that was trained, or whose weights were loaded, starts from scratch.
 
     Returns:
         Ranks, patterns, scores and counts.
 
     Raises:
         ValueError: If the adapter does not exist, is in several parts of the model, or does not await allocation; if
-            both `dataloader` and `fim_scores` are given; if scores are missing, superfluous or invalid; if the bounds
-            cannot be satisfied; if the dataloader is empty or its batches give no usable loss; if PEFT refuses the
-            initialization for a layer, or could not load the adapter without the layers of rank 0; if the model is
-            wrapped, its adapter sharded, an adapter merged, or its config object that of another adapter; if the
-            config uses KaSA, BD-LoRA or Arrow; if `fim_scores` differ between processes; or if PiSSA or OLoRA
-            would change an offloaded weight.
+            it was trained before, and `discard_weights` is not set; if both `dataloader` and `fim_scores` are given;
+            if scores are missing, superfluous or invalid; if the bounds cannot be satisfied; if the dataloader is
+            empty or its batches give no usable loss; if PEFT refuses the initialization for a layer, or could not
+            load the adapter without the layers of rank 0; if the model is wrapped, its adapter sharded, an adapter
+            merged, or its config object that of another adapter; if the config uses KaSA, BD-LoRA or Arrow; if
+            `fim_scores` differ between processes; or if PiSSA or OLoRA would change an offloaded weight.
         RuntimeError: If no batch was seen, no batch had finite gradients, the eFIM of every layer is zero, or another
             process failed.
         TypeError: If a layer's class is not supported, the forward pass returns no loss, or PEFT cannot initialize a
             layer from a weight of its dtype.
     """
     part = run_on_all(lambda: adapted_part(model, adapter_name))
-    config, layers, given = run_on_all(lambda: _checked(part, dataloader, fim_scores, adapter_name))
+    config, layers, given = run_on_all(lambda: _checked(part, dataloader, fim_scores, adapter_name, discard_weights))
     pending = watched_adapter(part, adapter_name)
     converted = pending.converted_targets
     if given is not None:
@@ -120,12 +121,15 @@ def _checked(
     dataloader: Iterable[Any] | None,
     fim_scores: Mapping[str, LayerScore | float | Tensor] | None,
     adapter_name: str,
+    discard_weights: bool,
 ) -> tuple[LoraConfig, Mapping[str, LoraLayer], FimScores | None]:
     """Check the arguments before anything runs; return the config, the layers and the passed scores."""
     config = awaiting_config(model, adapter_name)
     require_own_config(model, adapter_name, config)
     layers = adapter_layers(model, adapter_name)
     require_resizable(model, layers, config)
+    if not discard_weights:
+        require_untrained(layers, adapter_name)
     with_eva = _uses_eva(config)
     if with_eva:
         require_eva(model, layers)

@@ -43,6 +43,25 @@ def require_resizable(model: nn.Module, layers: Mapping[str, LoraLayer], config:
     require_unsharded(model, layers)
 
 
+def require_untrained(layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    """Refuse an adapter whose weights an allocation would lose: PEFT creates it with A or B zero in every layer.
+
+    Weights on the meta device, which have no values, are not looked at.
+    """
+    trained = [
+        name
+        for name, layer in layers.items()
+        if not all(weights.is_zero() for weights in weights_of(layer, adapter_name))
+    ]
+    if trained:
+        raise ValueError(
+            f"Adapter {adapter_name!r} was trained, or its weights were loaded: neither A nor B of {len(trained)} of "
+            f"{len(layers)} layers is zero, such as of {trained[0]!r}. An allocation starts the adapter from scratch. "
+            "Allocate before the training, shrink the trained adapter with `compress_lora`, or pass "
+            "`discard_weights=True` to `initialize_lora_fim_ranks` to lose these weights."
+        )
+
+
 def require_compressible(
     model: nn.Module, layers: Mapping[str, LoraLayer], config: LoraConfig, adapter_name: str
 ) -> None:

@@ -105,6 +105,10 @@ class Weights:
         in_a, in_b = (_square(triangle).cpu().numpy() for triangle in triangles)
         return in_a, in_b
 
+    def is_zero(self) -> bool:
+        """Whether A or B is zero, so that the adapter adds nothing, or has no values on the meta device."""
+        return any(weight.is_meta or not bool(weight.detach().any()) for weight in (self.a, self.b))
+
     def with_rows(self, tensor: Tensor, rows: Tensor) -> Tensor:
         """A tensor in the shape of A after `rows · A_p` (P × k × r), computed in float32 at least."""
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..config import FimConfig
 from ..runtime.offloading import is_offloaded
+from ..runtime.user_warnings import warn_user
 from .checks import require_resizable_form
 from .layer_state import layer_states
 from .lora_layers import adapter_layers
@@ -165,7 +166,10 @@ def _wrap_save_pretrained(plain_save_pretrained: Callable[..., None]) -> Callabl
         if "fim_config" in self.__dataclass_fields__:
             written.fim_config = None
         if awaits_ranks(self):
-            # An adapter that still awaits its ranks is saved as plain LoRA.
+            warn_user(
+                "This adapter never got its FIM ranks, and is saved as a plain LoRA adapter with its base ranks: call "
+                "`initialize_lora_fim_ranks` before the training."
+            )
             written.init_lora_weights = True
             written.eva_config = None  # PEFT would warn about it whenever the config is read
         plain_save_pretrained(written, *args, **kwargs)

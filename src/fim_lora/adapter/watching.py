@@ -15,6 +15,8 @@ from ..fisher.recorder import Recorder
 from ..fisher.scores import FimScores
 from ..runtime.flags import requires_grad_restored
 from .checks import require_unmerged
+from .factors import weights_of
+from .forgotten import ForgottenAllocation
 from .lora_layers import adapter_layers
 
 NormRecorder = Recorder[Norms, FimScores]
@@ -28,11 +30,13 @@ _ATTRIBUTE = "_fim_lora"
 class WatchedAdapter:
     """What is stored for an adapter that awaits its ranks.
 
-    `recorder` is `None` in inference mode, `converted_targets` if PEFT did not convert the targets in the config.
+    `recorder` and `forgotten` are `None` in inference mode, `converted_targets` if PEFT did not convert the targets in
+    the config.
     """
 
     recorder: NormRecorder | None
     converted_targets: ConvertedTargets | None
+    forgotten: ForgottenAllocation | None = None
 
 
 def watch(
@@ -40,7 +44,7 @@ def watch(
 ) -> None:
     """Start to watch an adapter that PEFT has just injected into `model`."""
     layers = adapter_layers(model, adapter_name)
-    recorder = None
+    recorder, forgotten = None, None
     if not config.inference_mode:
         recorder = Recorder(layers, NormSums.for_layers(layers, config.fim_config.exact))
     stop_watching(model, adapter_name)  # an earlier adapter of that name may have been unloaded
@@ -48,9 +52,11 @@ def watch(
         adapters = {name: layer.lora_A[adapter_name] for name, layer in layers.items() if adapter_name in layer.lora_A}
         # Some PeftModels call the tuner, and the tuner calls `forward` of the model; others call the model itself.
         recorder.start(tuner, model, adapters=adapters, max_batches=config.fim_config.fim_calibration_batches)
+        first = next(iter(layers.values()))
+        forgotten = ForgottenAllocation(adapter_name, weights_of(first, adapter_name)[0].b, recorder)
         torch.compiler.reset()  # code that was compiled before would not call the hooks
     if recorder is not None or converted is not None:
-        watched = WatchedAdapter(recorder, converted)
+        watched = WatchedAdapter(recorder, converted, forgotten)
         for module in (model, *layers.values()):
             module.__dict__.setdefault(_ATTRIBUTE, {})[adapter_name] = watched
 
@@ -91,8 +97,10 @@ def _stop_watching(module: nn.Module, adapter_name: str) -> None:
     if watched.recorder is not None:
         watched.recorder.stop()
         torch.compiler.reset()  # code that was compiled before would go on calling the hooks
+    if watched.forgotten is not None:
+        watched.forgotten.stop()
     # Other modules may still refer to it.
-    watched.recorder = watched.converted_targets = None
+    watched.recorder = watched.converted_targets = watched.forgotten = None
 
 
 @contextmanager

@@ -218,7 +218,7 @@ class Recorder(Generic[Measurement, Result]):
         if self._evaluating and not torch.is_grad_enabled():
             return False
         self._close_pass()
-        if self._is_full:
+        if self.is_full:
             return False
         self._pass.add_call(target.name)
         self._note_rows(target, x)
@@ -265,11 +265,12 @@ class Recorder(Generic[Measurement, Result]):
             self._finish_batch()
 
     @property
-    def _is_full(self) -> bool:
+    def is_full(self) -> bool:
+        """Whether the recorder has seen as many batches as it was started for."""
         return self.num_batches == self._last_batch
 
     def _accepts(self, session: int) -> bool:
-        return not self.paused and not self._is_full and session == self.session
+        return not self.paused and not self.is_full and session == self.session
 
     def _close_pass(self) -> None:
         """End the current pass, before a call of the next one. A pass whose backward pass raised is not counted."""
@@ -286,7 +287,7 @@ class Recorder(Generic[Measurement, Result]):
         for name, calls in finished.waiting.items():
             finished.measured[name] = self._measure(name, calls, finished)
         self.num_batches += 1
-        if self._is_full:
+        if self.is_full:
             self.stop()
         self.statistic.add(finished.measured, finished.batch_size, finished.loss)
 

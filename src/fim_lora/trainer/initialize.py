@@ -14,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapter.adapted_part import adapted_part
-from ..adapter.checks import require_unmerged
+from ..adapter.checks import require_unmerged, require_untrained
 from ..adapter.lora_layers import adapter_layers
 from ..adapter.pending_config import awaiting_config
 from ..adapter.watching import lora_layers_disabled
@@ -63,8 +63,8 @@ def initialize_lora_fim_ranks_for_trainer(
 
     Raises:
         ValueError: If the trainer is one of TRL that is not known, or generates its texts, as `GRPOTrainer`; if it
-            has begun to train, or shards its model (FSDP, ZeRO-3); if there is no checkpoint to resume from, or its
-            ranks are not those of the adapter's config; see also `initialize_lora_fim_ranks`.
+            or its adapter was trained before, or it shards its model (FSDP, ZeRO-3); if there is no checkpoint to
+            resume from, or its ranks are not those of the adapter's config; see also `initialize_lora_fim_ranks`.
         InvalidFileError: If `fim_allocation.json` beside the checkpoint is damaged.
         OSError: If it cannot be read or written.
         TypeError: See `initialize_lora_fim_ranks`.
@@ -75,6 +75,7 @@ def initialize_lora_fim_ranks_for_trainer(
     config = awaiting_config(part, adapter_name)
     _require_untrained(trainer)
     require_unmerged(part)
+    run_on_all(lambda: require_untrained(adapter_layers(part, adapter_name), adapter_name))
     forward_fn = _forward_fn(trainer)
     with _training_batches(trainer) as batches, _without_other_processes(trainer):
         if resume_from_checkpoint:
