@@ -69,6 +69,7 @@ def test_eva_with_given_scores_and_a_layer_that_it_does_not_know():
     assert embedding.lora_embedding_B["default"].any()
 
 
+@pytest.mark.filterwarnings("ignore:This adapter never got its FIM ranks")
 @pytest.mark.parametrize("eva_config", [None, EvaConfig(tau=0.9)])
 def test_eva_warns_of_nothing_and_leaves_nothing_in_the_config(tmp_path, eva_config):
     with warnings.catch_warnings():

@@ -158,6 +158,7 @@ def test_variants_of_lora(tmp_path, variant, own_loop):
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected)
 
 
+@pytest.mark.filterwarnings("ignore:This adapter never got its FIM ranks")
 def test_a_failure_leaves_the_projections_of_velora_as_they_were():
     """The projections are learned once and kept in PEFT's buffers. The reference is a model without the failure."""
     options = {"velora_config": sub_config("VeloraConfig", num_groups=4, init_type="batch_average_once")}

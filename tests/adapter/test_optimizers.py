@@ -27,6 +27,7 @@ def test_an_optimizer_built_before_trains_the_new_weights():
     assert model(**token_batch()).loss < loss
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default' is trained without FIM ranks")
 def test_an_optimizer_that_has_stepped_raises_instead_of_training_stale_state():
     model = fim_model()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)

@@ -16,6 +16,7 @@ def test_checks_of_peft_see_plain_lora():
         LoraConfig(init_lora_weights="fim", eva_config=EvaConfig())
 
 
+@pytest.mark.filterwarnings("ignore:This adapter never got its FIM ranks")
 def test_a_waiting_config_is_written_as_plain_lora(tmp_path):
     config = LoraConfig(r=4, init_lora_weights="fim", target_modules=["q_proj"])
     config.save_pretrained(tmp_path)
@@ -28,6 +29,7 @@ def test_a_waiting_config_is_written_as_plain_lora(tmp_path):
     assert (of_model["init_lora_weights"], "fim_config" in of_model) == (True, False)
 
 
+@pytest.mark.filterwarnings("ignore:This adapter never got its FIM ranks")
 def test_a_config_that_awaits_directions_of_eva_is_written_without_eva(tmp_path):
     fim = FimConfig(init_lora_weights="eva")
     config = LoraConfig(init_lora_weights="fim", fim_config=fim, eva_config=EvaConfig(), target_modules=["q_proj"])

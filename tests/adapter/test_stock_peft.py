@@ -10,6 +10,7 @@ from helpers.stock_peft import require_equal_outputs, stock
 from helpers.tiny_models import llama, lm_batches, token_batch
 
 
+@pytest.mark.filterwarnings("ignore:This adapter never got its FIM ranks")
 @pytest.mark.parametrize("allocated", [True, False])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "adjust_scaling_factors": False}, {"use_dora": True}])
 def test_a_saved_adapter_gives_equal_outputs(tmp_path, allocated, options):

@@ -24,6 +24,7 @@ def test_hooks_stop_and_go_without_an_allocation():
     assert initialize_lora_fim_ranks(model).num_batches == 2
 
 
+@pytest.mark.filterwarnings("ignore:This adapter never got its FIM ranks")
 def test_copies_pickles_and_checkpoints_of_a_model_with_hooks(tmp_path):
     model = fim_model()
     run_own_loop(model, lm_batches()[:1])
