@@ -100,8 +100,8 @@ SOURCES = {
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_trained_adapter_keeps_its_weights_unless_they_are_discarded(source):
     model = fim_model()
+    run_own_loop(model)
     with pytest.warns(FimLoraWarning, match=TRAINED):
-        run_own_loop(model)
         train(model, steps=1)
     output, before = logits(model), state_of(model)
     with pytest.raises(ValueError, match=r"'default' was trained.* 6 of 6 layers.*discard_weights=True"):
