@@ -7,6 +7,7 @@ MODEL is a hub id, a folder or a GGUF file, or `shape:NAME` for a shape of `cost
 is no padding.
 
 - `lora`, the reference: forward and backward passes of plain LoRA in training mode, without an optimizer.
+- `lora-upper-half`: the same, with twice the rank in the upper half of the blocks and no adapter below.
 - `fim-dataloader`: `get_fim_scores` on an adapter that awaits its ranks.
 - `fim-own-loop`: forward and backward passes of an adapter that awaits its ranks, observed by its hooks.
 - `fim-spectrum`: `get_lora_spectrum` on an adapter with random B, as before a compression.

@@ -7,11 +7,11 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import peft
@@ -182,6 +182,14 @@ def prepare_lora(case: Case, batches: list[Batch]) -> Run:
     return lambda: forward_backward(model, batches)
 
 
+def prepare_upper_half(case: Case, batches: list[Batch]) -> Run:
+    """Plain LoRA with twice the rank in the upper half of the blocks: the lower half needs no backward pass."""
+    depth = cast(Any, case.model).config.num_hidden_layers
+    upper = list(range(depth // 2, depth))
+    model = replace(case, rank=2 * case.rank).adapter(layers_to_transform=upper)
+    return lambda: forward_backward(model, batches)
+
+
 def prepare_fim_dataloader(case: Case, batches: list[Batch], exact: bool = False) -> Run:
     """The calibration over a dataloader, on an adapter that awaits its ranks."""
     model = case.fim_adapter(batches, exact)
@@ -278,6 +286,7 @@ class Method:
 
 METHODS = {
     "lora": Method("plain LoRA, forward + backward", prepare_lora),
+    "lora-upper-half": Method("plain LoRA of twice the rank, upper half", prepare_upper_half),
     "fim-dataloader": Method("FIM calibration, dataloader", prepare_fim_dataloader),
     "fim-own-loop": Method("FIM hooks in a LoRA loop", prepare_fim_own_loop),
     "fim-exact": Method("FIM calibration, dataloader, exact", partial(prepare_fim_dataloader, exact=True)),
