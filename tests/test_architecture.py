@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import fim_lora
+import fim_lora_command
 
 PACKAGE = Path(fim_lora.__file__).parent
+COMMAND = Path(fim_lora_command.__file__).parent
 MAX_BODY_LINES, MAX_FILE_LINES = 40, 400
 
 # Sub-package or module at the top to those that it imports. The list goes from the bottom to the top: each entry
@@ -32,7 +34,7 @@ ALLOWED_IMPORTS = {
         *("spectrum", "compression"),
     },
     "cli": {
-        *("__init__", "config", "runtime", "ranks", "rank_allocation", "scoring", "report"),
+        *("config", "runtime", "ranks", "rank_allocation", "scoring", "report"),
         *("spectrum", "compression"),
     },
     "__init__": {
@@ -45,12 +47,19 @@ WITHOUT_PEFT = ("config", "runtime", "fisher", "ranks")
 WITHOUT_TORCH = ("config", "ranks")
 
 
+# What `cli` may import of the package of the command, which imports `cli` in turn, but only when it runs.
+SHARED_WITH_COMMAND = {"fim_lora_command.choices", "fim_lora_command.errors"}
+
+
 def module_of(path):
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
 SOURCES = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+COMMAND_SOURCES = {
+    f"fim_lora_command.{path.stem}": ast.parse(path.read_text(encoding="utf-8")) for path in COMMAND.glob("*.py")
+}
 PACKAGES = {module_of(path.parent / "__init__.py") for path in PACKAGE.rglob("*/__init__.py")}
 
 
@@ -101,13 +110,36 @@ def test_the_list_goes_downward_only():
     order = list(ALLOWED_IMPORTS)
     for package, targets in ALLOWED_IMPORTS.items():
         upward = {target for target in targets if order.index(target) >= order.index(package)}
-        assert upward <= ({"__init__"} if package == "cli" else set())  # the command prints the version of the package
+        assert upward == set()
 
 
 @pytest.mark.parametrize("module", [module for module in SOURCES if module != "__init__"])
 def test_no_module_imports_itself_in_a_circle(module):
-    through = reachable_from(module) if package_of(module) != "cli" else reachable_from(module) - {"__init__"}
-    assert module not in through
+    assert module not in reachable_from(module)
+
+
+def test_only_cli_imports_the_package_of_the_command():
+    for module in SOURCES:
+        of_command = {name for name in imports_of(module)[1] if package_of(name) == "fim_lora_command"}
+        assert of_command <= (SHARED_WITH_COMMAND if package_of(module) == "cli" else set()), module
+
+
+def test_the_package_of_the_command_imports_libraries_only_in_functions():
+    for module, tree in COMMAND_SOURCES.items():
+        for statement in tree.body:
+            if isinstance(statement, ast.Import):
+                names = {alias.name for alias in statement.names}
+            else:
+                is_absolute = isinstance(statement, ast.ImportFrom) and statement.level == 0
+                names = {statement.module} if is_absolute else set()
+            assert {package_of(name) for name in names} <= {*sys.stdlib_module_names, "typer"}, module
+
+
+def test_the_package_of_the_command_imports_only_cli_of_the_library():
+    for module, tree in COMMAND_SOURCES.items():
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0}
+        of_library = {name for name in imported if package_of(name) == "fim_lora"}
+        assert all(name.startswith("fim_lora.cli.") for name in of_library), module
 
 
 @pytest.mark.parametrize(("packages", "library"), [(WITHOUT_PEFT, "peft"), (WITHOUT_TORCH, "torch")])
@@ -140,13 +172,12 @@ def body_lines(function):
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
-@pytest.mark.parametrize("module", SOURCES)
+@pytest.mark.parametrize("module", [*SOURCES, *COMMAND_SOURCES])
 def test_functions_and_files_are_short(module):
-    functions = [
-        node for node in ast.walk(SOURCES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    tree = (SOURCES | COMMAND_SOURCES)[module]
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert {one.name: body_lines(one) for one in functions if body_lines(one) > MAX_BODY_LINES} == {}
-    lines = SOURCES[module].body[-1].end_lineno if SOURCES[module].body else 0
+    lines = tree.body[-1].end_lineno if tree.body else 0
     assert lines <= MAX_FILE_LINES
 
 

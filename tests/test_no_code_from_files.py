@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 import fim_lora
+import fim_lora_command
 
-SOURCES = [*Path(fim_lora.__file__).parent.rglob("*.py"), Path(fim_lora.__file__).parents[1] / "fim_lora_command.py"]
+SOURCES = [
+    source for package in (fim_lora, fim_lora_command) for source in Path(package.__file__).parent.rglob("*.py")
+]
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "runpy", "code"}
 NAMES = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from fim_lora import FimConfig, RankAllocation, get_fim_scores
 from fim_lora.cli.classes import with_classes_of_model
 from fim_lora.cli.data import load_data
-from fim_lora.cli.errors import CommandError
 from fim_lora.cli.models import find_model
+from fim_lora_command.errors import CommandError
 from helpers.cli_inputs import (
     VOCABULARY,
     allocate,

@@ -279,7 +279,7 @@ MISSING = {
 @pytest.mark.parametrize("case", MISSING)
 def test_an_import_that_fails_names_the_module_and_the_one_that_wanted_it(case):
     change, message = MISSING[case]
-    code = f"import sys; {change}; import fim_lora_command; print(fim_lora_command.main([]))"
+    code = f"import sys; {change}; import fim_lora_command; print(fim_lora_command.main(['show', 'x']))"
     status, output = run_in_fork(code, "torch", "transformers")
     *_, line, returned = output.splitlines()
     assert (status, returned) == (0, "1")

@@ -57,7 +57,7 @@ import sys, time
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "fim_lora.cli.app":
+        if name == "fim_lora.cli.allocate":
             print("here", flush=True)
             time.sleep(1000)
 
@@ -69,7 +69,7 @@ sys.exit(main(sys.argv[1:]))
 # One process for all phases, because importing everything takes longest.
 RUNS = """
 import contextlib, importlib, io, json, sys, time
-import fim_lora.cli.app  # before the interruption can come
+import fim_lora.cli.compress  # before the interruption can come
 from fim_lora_command import main
 
 def wait(*args, **kwargs):
@@ -193,7 +193,7 @@ def test_an_interruption_in_every_phase(inputs, tmp_path, environment):
 # from that of a full disk, but the error is raised by the same call, in the middle of a file.
 LIMITED = """
 import contextlib, io, json, resource, signal, sys
-import fim_lora.cli.app, fim_lora.cli.allocate as allocate, fim_lora.cli.compress as compress
+import fim_lora.cli.allocate as allocate, fim_lora.cli.compress as compress
 from fim_lora_command import main
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -313,7 +313,6 @@ def test_a_folder_that_cannot_be_written(open_folder, command, exists, when):
     arguments = arguments_for(inputs, place if exists else place / "out", command=command)
     result = run_in_fork(
         UNPRIVILEGED.format(values=(str(place), when, arguments)),
-        "fim_lora.cli.app",
         "fim_lora.cli.allocate",
         "fim_lora.cli.compress",
         variables=tuple((name, str(root / "cache")) for name in ("HOME", "HF_HOME", "HF_DATASETS_CACHE", "TMPDIR")),

@@ -9,8 +9,8 @@ import pytest
 import trl
 
 from fim_lora.cli.data import find_columns, load_data
-from fim_lora.cli.errors import CommandError
 from fim_lora.cli.tokenization import IGNORED, tokenize
+from fim_lora_command.errors import CommandError
 from helpers.cli_inputs import CHAT_TEMPLATE, ID, WORDS, texts, word_tokenizer, write_jsonl
 
 

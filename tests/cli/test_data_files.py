@@ -10,7 +10,7 @@ import lzma
 import pytest
 
 from fim_lora.cli.data import load_data
-from fim_lora.cli.errors import CommandError
+from fim_lora_command.errors import CommandError
 from helpers.cli_inputs import allocate, compress, error_line, texts, write_jsonl
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fim_lora.cli.adapter_source import AdapterSource, find_adapter
-from fim_lora.cli.errors import CommandError
+from fim_lora_command.errors import CommandError
 from helpers.commands import run_commands
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

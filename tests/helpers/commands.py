@@ -28,6 +28,8 @@ def run_commands(commands, cwd, memory=resource.RLIM_INFINITY):
     """Exit code, output and errors of every command, in a process that may use `memory` bytes of addresses."""
     words = [[str(word) for word in command] for command in commands]
     code = RUN.format(limit=TIME_LIMIT, cwd=str(cwd), memory=memory, commands=words)
-    status, output = run_in_fork(code, "fim_lora.cli.app", "fim_lora.cli.compress", "fim_lora.report.rank_map")
+    status, output = run_in_fork(
+        code, "fim_lora_command.app", "fim_lora.cli.show", "fim_lora.cli.compress", "fim_lora.report.rank_map"
+    )
     assert status == 0, output
     return [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from .errors import CommandError
+from fim_lora_command.errors import CommandError
+
 from .output import ADAPTER_CONFIG
 
 

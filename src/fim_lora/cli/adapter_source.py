@@ -11,12 +11,14 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 
+from fim_lora_command.choices import Task
+from fim_lora_command.errors import CommandError, warn
+
 from ..config import BASE_CHANGING_INITIALIZATIONS
 from .adapter_config import read_lora_config
-from .errors import CommandError, warn
 from .file_hash import sha256
 from .hub import hub_lookup
-from .models import PEFT_TASK_TYPES, Task, looks_like_path, named
+from .models import PEFT_TASK_TYPES, looks_like_path, named
 from .output import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."

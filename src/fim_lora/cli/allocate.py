@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from fim_lora_command.choices import Task
+
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
@@ -18,10 +20,9 @@ from ..runtime.atomic import staged_files
 from ..scoring import get_fim_scores
 from .classes import with_classes_of_model
 from .data import CalibrationData, load_data
-from .errors import quiet_libraries
+from .libraries import quiet_libraries
 from .models import (
     ModelSource,
-    Task,
     default_target_modules,
     find_model,
     load_model,

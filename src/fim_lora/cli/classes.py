@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fim_lora_command.errors import CommandError
+
 from .data import CalibrationData, is_integer
-from .errors import CommandError
 from .models import ModelSource, named, read_config
 
 

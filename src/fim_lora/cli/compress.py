@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fim_lora_command.errors import CommandError, warn
+
 from ..compression import LoraCompression, compress_lora, measure_sizes
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
@@ -16,7 +18,7 @@ from ..runtime.atomic import staged_files
 from ..spectrum import LoraSpectrum, get_lora_spectrum
 from .adapter_source import AdapterSource, find_adapter
 from .compress_inputs import CompressOptions, Inputs, load_adapted_model, read_inputs
-from .errors import CommandError, quiet_libraries, warn
+from .libraries import quiet_libraries
 from .models import named
 from .output import ADAPTER_WEIGHTS, COMPRESSED_FILES, RANK_MAP, SIZE_CURVE, require_writable
 from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fim_lora_command.choices import Task
+from fim_lora_command.errors import CommandError
+
 from ..spectrum import MAX_BATCHES
 from .adapter_source import AdapterSource, task_of
 from .classes import Head, class_names, with_classes, with_same_classes
 from .data import CalibrationData, load_data
-from .errors import CommandError
 from .models import (
     ModelSource,
-    Task,
     find_model,
     load_tokenizer,
     prepared_model,

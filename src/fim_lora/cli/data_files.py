@@ -20,7 +20,7 @@ import pandas as pd  # type: ignore[import-untyped]  # datasets needs it
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from .errors import CommandError
+from fim_lora_command.errors import CommandError
 
 _READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ".json": ("json", {}),

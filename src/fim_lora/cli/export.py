@@ -6,22 +6,34 @@ from pathlib import Path
 
 from peft import LoraConfig
 
+from fim_lora_command.errors import CommandError
+
 from ..compression import LoraCompression
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
 from ..report.exports import export
+from ..runtime.atomic import write_text
 from .adapter_config import read_lora_config
-from .errors import CommandError
-from .output import ADAPTER_CONFIG, read_result
+from .output import ADAPTER_CONFIG, read_result, require_writable_file
 
 _RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 # Scalings closer than this count as equal.
 _SCALING_TOLERANCE = 1e-6
 
 
-def export_folder(folder: Path, file_format: str, serving: bool) -> str:
-    """Read the output folder of `fim-lora allocate` or `compress`, and return it in one of the formats of `export`."""
+def export_folder(folder: Path, file_format: str, serving: bool, output: Path | None, overwrite: bool) -> None:
+    """Read the output folder of `fim-lora allocate` or `compress`, and write it to a file, or else print it."""
+    if output is not None:
+        require_writable_file(output, overwrite)
+    text = _exported(folder, file_format, serving)
+    if output is None:
+        print(text, end="")
+    else:
+        write_text(output, text, make_folders=True)
+
+
+def _exported(folder: Path, file_format: str, serving: bool) -> str:
     result = read_result(folder)
     if isinstance(result, LoraCompression):
         config = _config_of_compression(folder, result)

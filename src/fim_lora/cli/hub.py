@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
-from .errors import CommandError
+from fim_lora_command.errors import CommandError
 
 # Seconds. The Hub answers within one, and the libraries wait for half a minute and more, for every file.
 _TIMEOUT = 5

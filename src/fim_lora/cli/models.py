@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import transformers
@@ -19,14 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import CommandError, warn
+from fim_lora_command.choices import Task
+from fim_lora_command.errors import CommandError, warn
+
 from .file_hash import sha256
 from .hub import hub_lookup
 from .remote_code import announce_code, is_about_code, refused_code
 
-Task = Literal["causal-lm", "seq-cls"]
-TASKS: tuple[str, ...] = get_args(Task)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 PEFT_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
 
 _MODEL_CLASSES = {"causal-lm": AutoModelForCausalLM, "seq-cls": AutoModelForSequenceClassification}

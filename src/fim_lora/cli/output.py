@@ -3,11 +3,12 @@
 import os
 from pathlib import Path
 
+from fim_lora_command.errors import CommandError
+
 from ..compression import LoraCompression
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
-from .errors import CommandError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

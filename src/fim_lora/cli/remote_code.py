@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig, dynamic_module_utils
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from .errors import CommandError, warn
+from fim_lora_command.errors import CommandError, warn
 
 _GENERATION_CODE = "custom_generate/generate.py"
 # A file that cannot be read names no code; loading the model says what is wrong with it.

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from fim_lora_command.errors import CommandError, warn
+
 from .data import CalibrationData, Row
-from .errors import CommandError, warn
 
 # Label of the positions that the loss of transformers models ignores.
 IGNORED = -100

@@ -10,9 +10,11 @@ from peft import PeftModelForCausalLM, PeftModelForSequenceClassification, get_p
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fim_lora_command.choices import Task
+from fim_lora_command.errors import CommandError, is_out_of_memory
+
 from .adapter_source import DTYPES, PREFIX, AdapterSource
-from .errors import CommandError, is_out_of_memory
-from .models import Task, named
+from .models import named
 from .output import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _PEFT_CLASSES = {"causal-lm": PeftModelForCausalLM, "seq-cls": PeftModelForSequenceClassification}

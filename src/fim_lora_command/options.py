@@ -1,18 +1,19 @@
 """Options that several commands have, and checks of their values without reading anything."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from .data import ROLES
-from .models import DTYPES, TASKS
+from .choices import DTYPES, ROLES, TASKS
+from .errors import require_choice, wrong_usage
 
 _COLUMN_HELP = f"Column of the {', '.join(ROLES[:-1])} or {ROLES[-1]}, if it has another name; repeatable."
 DATA_HELP = "A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a dataset on the Hub."
 SPLIT_HELP = "Split of the data, or a part of one, such as 'train[:1000]'."
+_REGEX_CHARACTERS = frozenset(r"\^$*+?{}[]()|")
 
 Output = Annotated[Path, typer.Option(help="Folder for the result.", metavar="DIR")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run in the folder.")]
@@ -32,20 +33,17 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed for drawing the examples.", metavar="N")]
+ResultFolder = Annotated[Path, typer.Argument(help="Folder that fim-lora allocate or compress wrote.", metavar="DIR")]
+Serving = Annotated[
+    bool,
+    typer.Option(
+        "--serving",
+        help="Write r and lora_alpha for servers that read only these, such as vLLM: r is then the largest rank.",
+    ),
+]
 
 DEFAULT_BATCH_SIZE, DEFAULT_MAX_LENGTH, DEFAULT_SPLIT = 4, 512, "train"
 DEFAULT_DTYPE, DEFAULT_TASK = DTYPES[0], TASKS[0]
-
-
-def wrong_usage(option: str, message: str) -> typer.BadParameter:
-    """The error of an option whose value is wrong."""
-    return typer.BadParameter(message, param_hint=f"'{option}'")
-
-
-def require_choice(option: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is not one of the choices."""
-    if value not in choices:
-        raise wrong_usage(option, f"{value!r} is not one of {', '.join(choices)}.")
 
 
 def column_names(assignments: Sequence[str]) -> dict[str, str]:
@@ -62,12 +60,17 @@ def column_names(assignments: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device of this name, or the default one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        # Creating an empty tensor shows whether this build of torch and this computer have the device.
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise wrong_usage("--device", f"{name!r} cannot be used: {error}") from error
+def target_modules_of(text: str | None) -> list[str] | str | None:
+    """The value for `LoraConfig`, which treats a string other than `all-linear` as a regular expression."""
+    if text is None or text == "all-linear":
+        return text
+    if _REGEX_CHARACTERS & set(text):
+        try:
+            re.compile(text)
+        except re.error as error:
+            raise wrong_usage("--target-modules", f"{text!r} is not a valid regular expression: {error}.") from error
+        return text
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise wrong_usage("--target-modules", f"{text!r} has an empty name: remove the extra comma.")
+    return names

@@ -4,15 +4,13 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
-import torch
-import transformers
+import typer
 
-from ..runtime.user_warnings import FimLoraWarning
+from .missing_modules import explained
 
 DEBUG_VARIABLE = "FIM_LORA_DEBUG"
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -20,11 +18,22 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 # Longer messages come from libraries, and list all valid values.
 _MAX_MESSAGE_LENGTH = 600
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-_PACKAGE = Path(__file__).parent.parent
+_LIBRARY = Path(__file__).parents[1] / "fim_lora"
 
 
 class CommandError(Exception):
     """An error that the user can fix; the message says how."""
+
+
+def wrong_usage(option: str, message: str) -> typer.BadParameter:
+    """The error of an option whose value is wrong."""
+    return typer.BadParameter(message, param_hint=f"'{option}'")
+
+
+def require_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is not one of the choices."""
+    if value not in choices:
+        raise wrong_usage(option, f"{value!r} is not one of {', '.join(choices)}.")
 
 
 def report_error(error: BaseException) -> int:
@@ -53,31 +62,13 @@ def warnings_as_lines() -> Iterator[None]:
     """Print warnings of fim_lora as lines, and hide warnings of libraries, which are meant for programmers."""
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
-        is_own = issubclass(category, FimLoraWarning) or Path(filename).is_relative_to(_PACKAGE)
+        is_own = category.__module__.startswith("fim_lora.") or Path(filename).is_relative_to(_LIBRARY)
         if is_own and issubclass(category, UserWarning):
             warn(str(message))
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = show
-        yield
-
-
-@contextmanager
-def quiet_libraries(show_progress_bars: bool) -> Iterator[None]:
-    """Hide log messages of libraries except errors, and their progress bars unless `show_progress_bars`."""
-    transformers_log, datasets_log = transformers.utils.logging, datasets.utils.logging
-    with ExitStack() as restore:
-        restore.callback(transformers_log.set_verbosity, transformers_log.get_verbosity())
-        transformers_log.set_verbosity_error()
-        restore.callback(datasets_log.set_verbosity, datasets_log.get_verbosity())
-        datasets_log.set_verbosity(datasets_log.CRITICAL)
-        if not show_progress_bars and transformers_log.is_progress_bar_enabled():
-            restore.callback(transformers_log.enable_progress_bar)
-            transformers_log.disable_progress_bar()
-        if not show_progress_bars and not datasets.are_progress_bars_disabled():
-            restore.callback(datasets.enable_progress_bars)
-            datasets.disable_progress_bars()
         yield
 
 
@@ -93,15 +84,18 @@ def _description(error: BaseException) -> str:
         return "Out of memory: lower --batch-size or --max-length, or load the model with --dtype bfloat16."
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    if isinstance(error, (CommandError, OSError, ValueError, TypeError, RuntimeError, ImportError)) and message:
+    if isinstance(error, ImportError):
+        return _shortened(explained(error))
+    if isinstance(error, (CommandError, OSError, ValueError, TypeError, RuntimeError)) and message:
         return message
     return f"Unexpected {type(error).__name__}: {message} (set {DEBUG_VARIABLE}=1 to see the traceback)"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory of the host or of the device was exhausted."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+    if isinstance(error, MemoryError):
         return True
+    # The error of torch for a device is a RuntimeError, too.
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
