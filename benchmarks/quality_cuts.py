@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from fim_lora import LoraSpectrum, compress_lora, get_lora_spectrum
+from fim_lora.config import Score
 from fim_lora.trainer.wide_phase import WidePhase, WideSettings, step_of_share
 from quality_methods import Setting, by_scores, fim_scores
 from quality_results import Run
@@ -36,7 +37,7 @@ class Cut:
         fresh_optimizer: Whether the optimizer loses its state of the adapter at a cut.
         criterion: `"fim"`, `"fim-with-gains"` (by `get_lora_spectrum` on the last batches, which takes passes of its
             own), `"norm"` (squared singular values per parameter, without data) or `"random"`.
-        fim_ranks: Whether the wide adapter has FIM ranks.
+        ranks_by: The score by which the wide adapter has FIM ranks, with a parameter budget; `None` for uniform ranks.
         rows_of_a: Whether the rows of A keep their mean norm at the cut and B takes the rest, instead of both getting
             the same norm.
     """
@@ -46,17 +47,15 @@ class Cut:
     rate: float = 1.0
     fresh_optimizer: bool = False
     criterion: str = "fim"
-    fim_ranks: bool = False
+    ranks_by: Score | None = None
     rows_of_a: bool = False
 
     def __call__(self, setting: Setting) -> Any:
         """The model with the wide adapter."""
         wide = replace(setting, rank=self.factor * setting.rank)
-        return (
-            by_scores(wide, fim_scores(setting), budget="parameters")
-            if self.fim_ranks
-            else wide.adapted(wide.config())
-        )
+        if self.ranks_by is None:
+            return wide.adapted(wide.config())
+        return by_scores(wide, fim_scores(setting), score=self.ranks_by, budget="parameters")
 
     def phases(self, rank: int, steps: int) -> list[WideSettings]:
         """The phases before each cut, for uniform LoRA of this rank and this number of steps."""
@@ -229,7 +228,8 @@ CUTS: dict[str, Cut] = {
     "cut-by-norm": Cut(criterion="norm"),
     "cut-random": Cut(criterion="random"),
     "cut-with-gains": Cut(criterion="fim-with-gains"),
-    "cut-from-fim-ranks": Cut(fim_ranks=True),
+    "cut-from-fim-ranks": Cut(ranks_by="mean"),
+    "cut-from-norm-ranks": Cut(ranks_by="norm"),
     "cut-rows-of-a": Cut(rows_of_a=True),
 }
 """The methods that cut, by name: from four times the rank after 20 % of the steps, or with one change of that."""
