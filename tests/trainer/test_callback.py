@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from fim_lora import FimCompressionCallback, compress_lora
+from fim_lora import FimCompressionCallback, FimConfig, compress_lora, initialize_lora_fim_ranks_for_trainer
 from helpers.adapters import hooks_of, logits, ranks_in
 from helpers.tiny_models import llama
 from helpers.trained_adapters import spectrum_by_gates
@@ -138,6 +138,20 @@ def test_a_training_ends_with_an_adapter_of_the_size(tmp_path, make):
     assert callback.compression.predicted is None
     assert max(callback.compression.ranks.values()) > NARROW
     assert trainer.state.global_step == STEPS
+
+
+def test_a_wide_adapter_with_fim_ranks_is_cut(tmp_path):
+    """The size after the cut is that of a uniform rank, however the ranks of the wide adapter differ."""
+    model = wide_model(init_lora_weights="fim", fim_config=FimConfig(fim_calibration_batches=2))
+    trainer = trainer_of(tmp_path, [], model=model)
+    wide = initialize_lora_fim_ranks_for_trainer(trainer, show_progress_bar=False)
+    assert len(set(wide.ranks.values())) > 1
+    sizes = []
+    trainer.add_callback(FimCompressionCallback(**CUT))
+    trainer.add_callback(Probe(on_step_end=lambda state, kwargs: sizes.append(parameters_of(kwargs["model"]))))
+    trainer.train()
+    assert sizes[: CUT_STEP - 1] == [wide.num_parameters] * (CUT_STEP - 1)
+    assert 0.9 * size_of_uniform(NARROW) < sizes[-1] <= size_of_uniform(NARROW)
 
 
 def test_in_bfloat16(tmp_path):
