@@ -53,8 +53,8 @@ test: $(STAMPS)/test $(QUANTIZED) $(DEEPSPEED) ## Run all tests with the newest 
 	PYTHONPATH=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest -q tests/runtime/test_zero3.py
 
 test-lowest: $(STAMPS)/test $(QUANTIZED) $(LOWEST) $(VENV)/torchao-$(LOWEST_TORCHAO) ## Run the tests that depend on other libraries with the lowest supported versions.
-	PYTHONPATH=$(LOWEST) $(PYTEST) --disable-warnings $(LOWEST_TESTS)
-	PYTHONPATH=$(LOWEST):$(VENV)/torchao-$(LOWEST_TORCHAO):$(QUANTIZED) $(BIN)/python -m pytest -q \
+	PYTHONPATH=$(abspath $(LOWEST)) $(PYTEST) --disable-warnings $(LOWEST_TESTS)
+	PYTHONPATH=$(abspath $(LOWEST)):$(abspath $(VENV)/torchao-$(LOWEST_TORCHAO)):$(abspath $(QUANTIZED)) $(BIN)/python -m pytest -q \
 		tests/adapter/test_quantized.py
 
 lint: $(STAMPS)/test ## Check style and formatting with ruff.
