@@ -128,7 +128,7 @@ def test_a_dataloader_that_fails_leaves_no_trace(fault, call):
     make, error, message = LOADER_FAULTS[fault]
     model = llama().double().train() if call == "scores of plain model" else fim_model()
     before = state_of(model)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message or None):
         CALLS[call](model, after_one(make()), show_progress_bar=False)
     require_same_state(model, before)
     if call != "scores of plain model":
