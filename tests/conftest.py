@@ -24,6 +24,14 @@ _LONGEST = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Turn the package's own warnings into errors: a test expects them with `pytest.warns`.
+
+    pytest imports the class. In pyproject.toml, this would come before the line about the hub above.
+    """
+    config.addinivalue_line("filterwarnings", "error::fim_lora.runtime.user_warnings.FimLoraWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests that take longest first."""
     folder = Path(__file__).parent

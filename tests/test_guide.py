@@ -27,7 +27,7 @@ def trained_model():
     return get_peft_model(llama(), config)
 
 
-@pytest.mark.parametrize("code", examples())
+@pytest.mark.parametrize("code", list(examples()))
 def test_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, dataloader = trained_model(), lm_batches()

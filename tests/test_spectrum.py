@@ -24,6 +24,7 @@ from fim_lora.spectrum import DAMPING, MAX_BATCHES
 from helpers.adapters import hooks_of, logits, lora_layers
 from helpers.every_layer_type import NAMES, batches, every_type
 from helpers.llama_calibration import fim_model
+from helpers.own_warnings import NOT_FINITE
 from helpers.single_layers import under_autocast
 from helpers.tiny_models import llama, lm_batches, token_batch
 from helpers.trained_adapters import (
@@ -321,6 +322,7 @@ def skipping(numbers):
     return lambda model, batch: model(**batch).loss * (math.nan if next(count) in numbers else 1.0)
 
 
+@NOT_FINITE
 def test_batches_of_one_kind_that_are_all_skipped():
     model = trained(llama())
     with (

@@ -9,6 +9,7 @@ import quality_tasks
 import quality_training
 from fim_lora import get_lora_spectrum
 from helpers.benchmark_runs import CALIBRATION_BATCHES, STEPS, tiny_setting
+from helpers.own_warnings import FEWER_BATCHES
 from quality_results import Run
 
 RANK = 2
@@ -38,7 +39,7 @@ def trained(method, monkeypatch):
     before = weight.detach().clone()
     for _ in bench._train(model, quality_tasks.TASKS["banking77"], run, data):
         sizes.append(quality_methods.adapter_parameters(model))
-        moves.append(float((weight - before).abs().max()) if weight.shape == before.shape else None)
+        moves.append((weight - before).abs().max().item() if weight.shape == before.shape else None)
         numbers.append(int(optimizers[0].state[weight]["step"]) if weight in optimizers[0].state else 0)
         before = weight.detach().clone()
     monkeypatch.setattr(quality_training, "optimizer_and_schedule", made)
@@ -49,6 +50,7 @@ def size_of(rank):
     return quality_methods.adapter_parameters(tiny_setting().adapted(tiny_setting().config(rank)))
 
 
+@FEWER_BATCHES
 @pytest.mark.parametrize(
     ("method", "cut_step"),
     [("cut", 4), ("cut-10%", 2), ("cut-50%", 10), ("cut-random", 4), ("cut-by-norm", 4), ("cut-with-gains", 4)],

@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState
 
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from helpers.llama_calibration import assert_scores, fim_config, fim_model, reference, truth_of
+from helpers.own_warnings import WITHOUT_RANKS
 from helpers.tiny_models import llama, lm_batches
 
 # --- Mixed precision ---
@@ -110,6 +111,7 @@ def test_every_micro_batch_is_a_calibration_batch(steps):
     assert allocation.ranks == expected.ranks
 
 
+@WITHOUT_RANKS
 def test_accumulate_of_accelerate(new_accelerator):
     batches = lm_batches(4)
     accelerator = new_accelerator(gradient_accumulation_steps=2)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fim_lora.fisher.recorder import Recorder
 from helpers.calibration import assert_scores, norm_recorder, scores_of
+from helpers.own_warnings import SEVERAL_FORWARD_PASSES, UNCERTAIN_BATCH_SIZE
 from helpers.tiny_models import bert, class_batch, llama, lm_batches, names_of, per_example_scores, token_batch
 
 
@@ -85,6 +86,7 @@ def test_own_loop_equals_autograd(roots):
     assert_scores(recorder.result(), per_example_scores(llama(), batches, names))
 
 
+@SEVERAL_FORWARD_PASSES
 def test_evaluation_between_backward_passes_leaves_no_trace():
     batches, names = lm_batches(), names_of(llama(), "q_proj", "down_proj")
     model = llama()
@@ -102,6 +104,7 @@ def test_evaluation_between_backward_passes_leaves_no_trace():
     assert_scores(recorder.result(), per_example_scores(llama(), batches, names))
 
 
+@SEVERAL_FORWARD_PASSES
 def test_two_forward_passes_into_one_loss():
     """Both towers of a contrastive loss are one model: the gradient of an example is the sum of both."""
     model, batches = bert(num_labels=4).eval(), [class_batch(seed=0), class_batch(seed=1)]
@@ -166,6 +169,7 @@ def test_what_follows_a_layer_may_change_its_output_in_place():
     assert results[0] == results[1]
 
 
+@SEVERAL_FORWARD_PASSES
 def test_copies_and_pickles_of_a_model_with_hooks_go_on_by_themselves():
     batches, names = lm_batches(4), names_of(llama(), "q_proj")
     model = llama()
@@ -304,6 +308,7 @@ class MeanInput:
         return {name: self.sums[name] for name in layers}
 
 
+@UNCERTAIN_BATCH_SIZE
 def test_a_recorder_takes_any_statistic():
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     batches = [torch.randn(4, 3) for _ in range(2)]

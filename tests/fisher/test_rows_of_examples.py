@@ -15,6 +15,7 @@ import fim_lora
 from fim_lora import FimConfig, initialize_lora_fim_ranks
 from fim_lora.fisher.layers.batch_size import batch_size_of
 from helpers.calibration import assert_scores, scores_of
+from helpers.own_warnings import UNATTRIBUTED, UNREACHED
 from helpers.tiny_models import llama, token_batch
 
 
@@ -346,6 +347,7 @@ def test_declaring_after_the_allocation_changes_nothing():
         distance_of_pairs(model, batch).backward()
 
 
+@UNATTRIBUTED
 def test_inputs_that_do_not_show_the_number_of_examples_warn():
     class Graph(nn.Module):
         def __init__(self):
@@ -643,6 +645,7 @@ def test_a_number_of_examples_that_fits_to_nothing(num_examples, rows):
         model(pairs()["a"]).square().mean().backward()
 
 
+@UNREACHED
 def test_a_layer_that_is_called_without_the_model_warns():
     model = own_loop_model()
     model.get_base_model()[0](torch.randn(6, 5, dtype=torch.float64)).square().mean().backward()
@@ -650,6 +653,7 @@ def test_a_layer_that_is_called_without_the_model_warns():
         scores_in_own_loop(model)
 
 
+@UNATTRIBUTED
 @pytest.mark.parametrize("length", [4, 8])
 def test_ids_of_sequences_first_in_a_loop_of_ones_own_warn(length):
     """As many positions as examples, and a multiple of them."""

@@ -8,7 +8,7 @@ import resource
 
 from helpers.fork_server import run_in_fork
 
-TIME_LIMIT = 300
+TIME_LIMIT = 1200
 
 RUN = """
 import contextlib, io, json, os, resource, signal

@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 TESTS = Path(__file__).parents[1]
 NUM_PROCESSES = 2
+# In seconds. It is not a measurement: it only turns an endless run into a failed test, on the busiest machine, too.
+TIME_LIMIT = 1200
 
 
-def torchrun(module, *arguments, timeout=300):
+def torchrun(module, *arguments):
     """Runs a module from the folder of the tests, where it finds the other helpers."""
     command = [
         sys.executable,
@@ -31,7 +33,7 @@ def torchrun(module, *arguments, timeout=300):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=TIME_LIMIT,
         check=False,
     )
 

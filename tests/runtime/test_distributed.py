@@ -8,6 +8,7 @@ from peft import get_peft_model
 
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from helpers import several_processes
+from helpers.own_warnings import FEWER_BATCHES
 from helpers.several_processes import ALL, EVEN, TARGETS, base, config
 from helpers.tiny_models import names_of, per_example_scores, token_batch
 from helpers.torchrun import NUM_PROCESSES, assert_same_scores, outcome, results_of, torchrun
@@ -59,6 +60,7 @@ def test_wrapped_and_sharded_models_have_the_scores_of_the_whole(results, alone,
     assert_same_scores(first, alone)
 
 
+@FEWER_BATCHES
 @pytest.mark.parametrize("case", ["fsdp2_of_every_layer_type", "fsdp1_of_every_layer_type"])
 def test_layers_of_every_type_when_sharded(results, case):
     model, batches = several_processes.Various().double(), several_processes.various_batches(range(4))
@@ -172,8 +174,7 @@ def test_a_failure_while_layers_are_rebuilt_leaves_no_trace_anywhere(results, al
 
 
 def test_a_failure_inside_a_pass_that_needs_all_ends_all():
-    # The time limit only guards against waiting forever.
-    finished = torchrun("helpers.several_processes", "--failing-inside-fsdp2", timeout=120)
+    finished = torchrun("helpers.several_processes", "--failing-inside-fsdp2")
     assert finished.returncode != 0
     assert "out of memory in process 1" in finished.stderr
 

@@ -9,8 +9,10 @@ from transformers import TrainerCallback
 
 from fim_lora import FimCompressionCallback, FimConfig, compress_lora, initialize_lora_fim_ranks_for_trainer
 from helpers.adapters import hooks_of, logits, ranks_in
+from helpers.own_warnings import UNCERTAIN_ROWS
 from helpers.tiny_models import llama
 from helpers.trained_adapters import spectrum_by_gates
+from helpers.trainers import NEWER_TRAINERS
 from helpers.wide_trainers import (
     CUT,
     CUT_STEP,
@@ -27,8 +29,6 @@ from helpers.wide_trainers import (
     trainer_of,
     wide_model,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 # The weights stay, so that a calibration after the training sees what the recorder saw.
 FROZEN = {"learning_rate": 0.0, "lr_scheduler_type": "constant"}
@@ -73,6 +73,8 @@ def base_for(way):
     return model
 
 
+@NEWER_TRAINERS
+@UNCERTAIN_ROWS
 @pytest.mark.parametrize("way", WAYS)
 def test_the_cut_is_that_of_a_calibration_on_the_last_batches(tmp_path, way):
     model = wide_model(base_for(way), filled=True)
@@ -97,6 +99,7 @@ def test_the_cut_is_that_of_a_calibration_on_the_last_batches(tmp_path, way):
     assert (logits(other) - logits(reference)).abs().max() > 1e-2
 
 
+@NEWER_TRAINERS
 def test_an_example_of_dpo_is_a_pair(tmp_path):
     callback = FimCompressionCallback(**CUT)
     trainer = dpo_trainer_of(tmp_path, [callback], **FROZEN)
@@ -278,7 +281,7 @@ def test_the_adapter_has_the_whole_rate_after_the_cut(tmp_path):
 
     def note(state, kwargs):
         found = zip(before, trained, gradients, strict=True)
-        ratios.append([float((old - new).norm() / grad.norm()) for old, new, grad in found if grad is not None])
+        ratios.append([((old - new).norm() / grad.norm()).item() for old, new, grad in found if grad is not None])
 
     optimizer.register_step_pre_hook(note_before)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1)
@@ -298,6 +301,7 @@ def test_hooks_are_removed(tmp_path):
     assert not trainer.model._load_state_dict_pre_hooks
 
 
+@NEWER_TRAINERS
 def test_the_best_checkpoint_is_one_after_the_cut(tmp_path):
     """The metric falls all the time, so the best evaluation of all is the first."""
     scores = iter(range(100, 0, -1))

@@ -26,8 +26,6 @@ from helpers.wide_trainers import (
     wide_model,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 AFTER = CUT_STEP + 3
 
 

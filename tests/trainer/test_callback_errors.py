@@ -10,8 +10,6 @@ from fim_lora import FimCompressionCallback, FimConfig
 from helpers.adapters import hooks_of
 from helpers.wide_trainers import CUT, NARROW, WIDE, Probe, adapter_weights, trainer_of, wide_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -6,8 +6,6 @@ import torch
 from helpers.cut_in_processes import TRAININGS, trained
 from helpers.torchrun import NUM_PROCESSES, outcome, results_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

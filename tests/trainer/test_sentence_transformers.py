@@ -27,6 +27,7 @@ with warnings.catch_warnings():
 from fim_lora import FimCompressionCallback, RankAllocation, get_fim_scores
 from helpers.adapters import hooks_of, ranks_in
 from helpers.cli_inputs import save_bert, texts
+from helpers.own_warnings import SEVERAL_FORWARD_PASSES
 from helpers.proportional import proportional
 from helpers.trainers import BATCHES, NUM_EXAMPLES, allocate, arguments
 
@@ -173,6 +174,7 @@ def test_a_loss_with_its_own_weights_stays_as_it_was(folder, tmp_path):
     assert hooks_of(model) == []
 
 
+@SEVERAL_FORWARD_PASSES
 def test_a_training_of_a_sentence_transformer_is_cut(folder, tmp_path):
     callback = FimCompressionCallback(r=2, at=0.5, num_batches=2)
     trainer = sentence_trainer(

@@ -10,8 +10,10 @@ from transformers import Trainer
 
 from fim_lora import InvalidFileError, RankAllocation
 from helpers.cli_inputs import texts
+from helpers.own_warnings import SAVED_WITHOUT_RANKS, WITHOUT_RANKS
 from helpers.tiny_models import llama, names_of, per_example_scores
 from helpers.trainers import (
+    NEWER_TRAINERS,
     NUM_EXAMPLES,
     TARGETS,
     allocate,
@@ -33,6 +35,7 @@ def adapter_weights(model):
 # --- Scores ---
 
 
+@NEWER_TRAINERS
 def test_scores_of_a_trainer_are_those_of_its_data(tmp_path):
     batches = [{key: value[None] for key, value in one.items()} for one in examples()]
     truth = per_example_scores(llama(), batches, names_of(llama(), *TARGETS))
@@ -55,6 +58,7 @@ def test_scores_with_the_collator_and_loss_of_the_trainer(tmp_path):
     assert_scores_are(allocate(trainer), {name: values / 4 for name, values in truth.items()})
 
 
+@NEWER_TRAINERS
 def test_scores_of_sft(tmp_path):
     trainer = sft_trainer(tmp_path)
     batches = [{"input_ids": torch.tensor([row["input_ids"]])} for row in trainer.train_dataset]
@@ -63,6 +67,7 @@ def test_scores_of_sft(tmp_path):
     assert_scores_are(allocate(trainer), truth)
 
 
+@NEWER_TRAINERS
 def test_an_example_of_dpo_is_a_pair(tmp_path):
     trainer = dpo_trainer(tmp_path)
     rows = list(trainer.train_dataset)
@@ -86,6 +91,7 @@ def log_probability(model, row, completion):
     return -F.cross_entropy(logits, torch.tensor(rest), reduction="sum")
 
 
+@NEWER_TRAINERS
 def test_an_example_of_a_reward_model_is_a_pair(tmp_path):
     words = texts(2 * NUM_EXAMPLES, 6)
     rejected = [text[: 4 + 3 * (i % 3)].rstrip() for i, text in enumerate(words[NUM_EXAMPLES:])]
@@ -210,6 +216,8 @@ def test_metrics_of_the_calibration_reach_no_log(tmp_path, make):
     assert logs[0] == pytest.approx(logs[1], rel=1e-5, abs=1e-6)
 
 
+@WITHOUT_RANKS
+@SAVED_WITHOUT_RANKS
 def test_a_trainer_that_has_trained_is_refused(tmp_path):
     trainer = plain_trainer(tmp_path)
     trainer.train()

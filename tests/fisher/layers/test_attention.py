@@ -10,6 +10,7 @@ from torch import nn
 from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
 from helpers.attention import Attention, attention_batches
 from helpers.calibration import norm_recorder
+from helpers.own_warnings import FEWER_BATCHES
 from helpers.single_layers import (
     assert_score,
     batches_of,
@@ -69,6 +70,7 @@ def test_attention_as_peft_adapts_it(own_loop):
         torch.testing.assert_close(model(**batches[0])["loss"], truth.eval()(**batches[0])["loss"])
 
 
+@FEWER_BATCHES
 def test_attention_of_a_plain_model_is_left_as_it_was():
     base = Attention()
     before = dict(base.named_parameters())
@@ -108,6 +110,7 @@ def test_attention_in_a_transformer_of_pytorch_with_dropout():
     assert scores["attention"].mean == pytest.approx(truth.item(), rel=1e-5)
 
 
+@FEWER_BATCHES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_attention_under_autocast(options, dtype):

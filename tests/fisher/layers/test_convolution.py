@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers.calibration import calibrate_norms
+from helpers.own_warnings import UNATTRIBUTED
 from helpers.single_layers import (
     CHANNELS,
     CONVOLUTIONS,
@@ -53,6 +54,7 @@ def test_images_of_one_example_belong_together():
     assert_score(score, per_example_truth(model, batches, ["layer.weight"], by_row))
 
 
+@UNATTRIBUTED
 def test_one_image_without_a_batch():
     torch.manual_seed(0)
     layer = nn.Conv2d(CHANNELS, 6, 3)

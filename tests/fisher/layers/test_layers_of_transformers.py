@@ -15,6 +15,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from helpers.adapters import fim_lora_config, logits, randomize, run_own_loop
 from helpers.expert_models import EXPERTS, mixtral, olmoe, qwen3_moe, qwen_moe
+from helpers.own_warnings import UNCERTAIN_ROWS
 from helpers.tiny_models import llama, lm_batches, per_example_values, token_batch
 
 
@@ -24,6 +25,7 @@ def truth_of(model, batches, weights):
     return {name: sum(value) / len(value) for name, value in values.items()}
 
 
+@UNCERTAIN_ROWS
 @pytest.mark.parametrize("make", [mixtral, qwen_moe])
 def test_experts_of_transformers_and_the_way_through_stock_peft(tmp_path, make):
     config = fim_lora_config(r=4, target_modules=("q_proj",), target_parameters=EXPERTS, task_type="CAUSAL_LM")
@@ -77,6 +79,7 @@ def weights_of(model, names):
 ROUTER = "mlp.gate.weight"
 
 
+@UNCERTAIN_ROWS
 @pytest.mark.parametrize("own_loop", [False, True])
 @pytest.mark.parametrize("make", [mixtral, qwen_moe, qwen3_moe, olmoe])
 def test_routers_of_transformers(make, own_loop):

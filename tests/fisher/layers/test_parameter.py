@@ -13,6 +13,7 @@ from fim_lora import FimConfig, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.adapter.targets import resolve_targets
 from helpers.calibration import calibrate_norms, norm_recorder
 from helpers.mixtures import TARGETS, Experts, Mixture, Router, mixture_model
+from helpers.own_warnings import FEWER_BATCHES, UNCERTAIN_ROWS
 from helpers.single_layers import (
     WIDTH,
     Net,
@@ -29,6 +30,7 @@ from helpers.single_layers import (
 # --- Parameters, such as the experts of a mixture ---
 
 
+@UNCERTAIN_ROWS
 @pytest.mark.parametrize("own_loop", [False, True])
 def test_experts_equal_autograd(own_loop):
     batches = batches_of(floats(7, WIDTH))
@@ -49,6 +51,7 @@ def test_experts_equal_autograd(own_loop):
     }
 
 
+@FEWER_BATCHES
 def test_experts_of_a_plain_model():
     batches, base = batches_of(floats(7, WIDTH)), Mixture()
     config = LoraConfig(target_modules=["first"], target_parameters=TARGETS)
@@ -60,6 +63,7 @@ def test_experts_of_a_plain_model():
     assert all(parameter.requires_grad and parameter.grad is None for parameter in base.parameters())
 
 
+@FEWER_BATCHES
 def test_a_parameter_that_is_a_matrix():
     """PEFT also accepts `target_parameters` for the weight of an ordinary layer."""
     torch.manual_seed(0)
@@ -71,6 +75,7 @@ def test_a_parameter_that_is_a_matrix():
     assert scores["layer.weight"].shape == (3, WIDTH)
 
 
+@FEWER_BATCHES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_parameter_under_autocast(dtype):
     torch.manual_seed(0)
@@ -103,6 +108,7 @@ class RepeatingMixture(Mixture):
         return {"loss": (torch.tanh(y) - target[:, None, None]).square().flatten(1).sum(1).mean()}
 
 
+@FEWER_BATCHES
 def test_tokens_that_cannot_be_attributed_are_noticed():
     batches = batches_of(floats(7, WIDTH))
     config = LoraConfig(target_modules=[], target_parameters=["experts.up"])
@@ -136,6 +142,7 @@ def test_a_module_that_does_not_repeat_itself_is_an_error():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@FEWER_BATCHES
 def test_an_expert_without_tokens_and_an_example_without_a_gradient():
     class Masked(Mixture):
         def forward(self, x, target):
@@ -219,6 +226,7 @@ def assert_routed(scores, batches, names=ROUTED, **options):
         assert_score(scores[name], per_example_truth(RoutedMixture(**options), batches, [name], by_row), rtol=1e-4)
 
 
+@FEWER_BATCHES
 @pytest.mark.parametrize("upstream", [False, True])
 @pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("uses", [("scores",), ("logits",), ("scores", "logits"), ("in place",)], ids="-".join)
@@ -233,6 +241,7 @@ def test_all_outputs_with_a_gradient_count(uses, calls, upstream):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@FEWER_BATCHES
 @pytest.mark.parametrize("kind", [tuple, list, dict])
 def test_outputs_in_any_container(kind):
     batches = batches_of(floats(7, WIDTH))
@@ -242,6 +251,7 @@ def test_outputs_in_any_container(kind):
     assert_routed(scores, batches, ["router.weight"], uses=("scores", "logits"))
 
 
+@UNCERTAIN_ROWS
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("calls", [1, 2])
 def test_a_router_in_a_loop_of_your_own(reentrant, calls):
@@ -309,6 +319,7 @@ class NearlyOne(WithMean):
         return *outputs, 1 + 1e-3 * mean
 
 
+@FEWER_BATCHES
 def test_an_output_that_belongs_to_no_example():
     batches = batches_of(floats(7, WIDTH))
     config = LoraConfig(target_modules=["first"], target_parameters=["router.weight"])
