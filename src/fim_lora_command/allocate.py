@@ -26,13 +26,16 @@ from .options import (
     Subset,
     TrustRemoteCode,
     column_names,
+    expanded,
     target_modules_of,
 )
 
 
 def allocate_command(
-    model: Annotated[str, typer.Option(help="Hub id, folder or GGUF file of the model.", metavar="MODEL")],
-    data: Annotated[str, typer.Option(help=DATA_HELP, metavar="DATA")],
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder or GGUF file of the model.", metavar="MODEL", callback=expanded)
+    ],
+    data: Annotated[str, typer.Option(help=DATA_HELP, metavar="DATA", callback=expanded)],
     output: Output,
     r: Annotated[int, typer.Option("-r", help="Rank that uniform LoRA would use.", metavar="N", min=1)] = 8,
     r_min: Annotated[

@@ -15,5 +15,8 @@ SCORES = ("norm", "mean")
 FORMATS = ("csv", "axolotl", "peft")
 """`fim_lora.report.exports.FORMATS`."""
 
-ROLES = ("messages", "prompt", "completion", "text", "label", "tools", "chat_template_kwargs")
+ROLES = (
+    *("messages", "prompt", "completion", "text", "instruction", "output", "conversations", "label"),
+    *("tools", "chat_template_kwargs", "input", "system"),
+)
 """`fim_lora.cli.data.ROLES`: what the columns of the data hold."""

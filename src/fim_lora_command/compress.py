@@ -26,15 +26,21 @@ from .options import (
     Subset,
     TrustRemoteCode,
     column_names,
+    expanded,
 )
 
 
 def compress_command(
     adapter: Annotated[
-        str, typer.Argument(help="Folder of save_pretrained with a trained adapter, or its Hub id.", metavar="ADAPTER")
+        str,
+        typer.Argument(
+            help="Folder of save_pretrained with a trained adapter, or its Hub id.",
+            metavar="ADAPTER",
+            callback=expanded,
+        ),
     ],
     output: Output,
-    data: Annotated[str | None, typer.Option(help=DATA_HELP, metavar="DATA")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, metavar="DATA", callback=expanded)] = None,
     without_data: Annotated[
         bool, typer.Option("--without-data", help="Use only the weights: faster, but blind to the loss.")
     ] = False,
@@ -55,7 +61,8 @@ def compress_command(
         bool, typer.Option("--serving", help="Give all layers one scaling, for servers that read no patterns.")
     ] = False,
     eval_data: Annotated[
-        str | None, typer.Option(help="Data on which the loss is measured before and after.", metavar="DATA")
+        str | None,
+        typer.Option(help="Data on which the loss is measured before and after.", metavar="DATA", callback=expanded),
     ] = None,
     eval_split: Annotated[str, typer.Option(help=SPLIT_HELP, metavar="NAME")] = DEFAULT_SPLIT,
     eval_batches: Annotated[
@@ -66,6 +73,7 @@ def compress_command(
         typer.Option(
             help="Hub id, folder or GGUF file of the base model.",
             metavar="MODEL",
+            callback=expanded,
             show_default="the one ADAPTER names",
         ),
     ] = None,
@@ -96,6 +104,10 @@ def compress_command(
         require_choice("--task", task, TASKS)
     if (data is None) != without_data:
         raise wrong_usage("--data", "give either --data or --without-data.")
+    if without_data and batches is not None:
+        raise wrong_usage("--batches", "it has no effect with --without-data.")
+    if eval_data is None and eval_batches is not None:
+        raise wrong_usage("--eval-batches", "it has no effect without --eval-data.")
     if max_loss_increase is not None and eval_data is None:
         raise wrong_usage("--max-loss-increase", "the increase is measured: give --eval-data, too.")
     size, columns = _size(keep, r, max_loss_increase), column_names(column or [])

@@ -1,9 +1,10 @@
 """Options that several commands have, and checks of their values without reading anything."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +16,16 @@ DATA_HELP = "A .jsonl, .json, .csv, .tsv, .parquet or .txt file, or a dataset on
 SPLIT_HELP = "Split of the data, or a part of one, such as 'train[:1000]'."
 _REGEX_CHARACTERS = frozenset(r"\^$*+?{}[]()|")
 
-Output = Annotated[Path, typer.Option(help="Folder for the result.", metavar="DIR")]
+
+def expanded(path: Any) -> Any:
+    """A path or a name with `~` replaced by the home folder, which a shell does not do after an equals sign."""
+    if not str(path).startswith("~"):
+        return path
+    # Unlike Path.expanduser, it leaves the name of an unknown user as it is, as a shell does.
+    return type(path)(os.path.expanduser(path))  # noqa: PTH111
+
+
+Output = Annotated[Path, typer.Option(help="Folder for the result.", metavar="DIR", callback=expanded)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run in the folder.")]
 BatchSize = Annotated[int, typer.Option(help="Examples per batch.", metavar="N", min=1)]
 MaxLength = Annotated[int, typer.Option(help="Maximum number of tokens per example.", metavar="N", min=2)]
@@ -33,7 +43,10 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed for drawing the examples.", metavar="N")]
-ResultFolder = Annotated[Path, typer.Argument(help="Folder that fim-lora allocate or compress wrote.", metavar="DIR")]
+ResultFolder = Annotated[
+    Path,
+    typer.Argument(help="Folder that fim-lora allocate or compress wrote.", metavar="DIR", callback=expanded),
+]
 Serving = Annotated[
     bool,
     typer.Option(

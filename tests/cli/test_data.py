@@ -382,10 +382,14 @@ def test_unknown_columns_are_listed_with_the_way_out():
         find_columns("data", ["question", "answer"], "causal-lm", {})
     with pytest.raises(CommandError, match="no column 'nope' for the role 'text': choose one of 'a', 'b'"):
         find_columns("data", ["a", "b"], "causal-lm", {"text": "nope"})
-    with pytest.raises(CommandError, match=r"Join 'Instruction' and 'input' into one column, prompt.*='output'"):
+    with pytest.raises(
+        CommandError, match="--column instruction='Instruction' --column output='output' --column input='input'"
+    ):
         find_columns("data", ["Instruction", "input", "output"], "causal-lm", {})
-    with pytest.raises(CommandError, match="--column prompt='instruction' --column completion='output'"):
-        find_columns("data", ["id", "output", "instruction"], "causal-lm", {})
+    with pytest.raises(
+        CommandError, match="--column instruction='instruction' --column output='response' --column input='context'"
+    ):
+        find_columns("data", ["instruction", "context", "response"], "causal-lm", {})
     with pytest.raises(CommandError, match="--column text='sentence' --column label='category'"):
         find_columns("data", ["id", "category", "sentence"], "seq-cls", {})
     with pytest.raises(CommandError, match="Name the columns to use: --column text=NAME --column label=NAME"):
@@ -404,8 +408,8 @@ def test_unknown_columns_are_listed_with_the_way_out():
         ("data.csv", 'text\n"never closed\n', "data.csv cannot be read"),
         ("data.parquet", "nonsense", "data.parquet cannot be"),
         ("data.xml", "<a/>", "unknown type of data file"),
-        ("data.csv", "text\n", "no data"),
-        ("data.txt", "  \n", "holds no text"),
+        ("data.csv", "text\n", "data.csv has no rows"),
+        ("data.txt", "  \n", "data.txt is empty"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):

@@ -179,6 +179,47 @@ def test_a_csv_file_whose_rows_are_not_clear_is_refused(tmp_path, content, messa
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.jsonl", "", "is empty: give another file"),
+        ("data.jsonl", "\n \n", "is empty: give another file"),
+        ("data.json", "\ufeff", "is empty: give another file"),
+        ("data.txt", "\n", "is empty: give another file"),
+        ("data.json", "[]", "has no rows: give other data"),
+        ("data.csv", "text,label\n", "has no rows: give other data"),
+        ("data.tsv", "text\tlabel\n", "has no rows: give other data"),
+    ],
+)
+def test_a_file_without_rows_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(CommandError, match=message) as error:
+        load(tmp_path / name)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.csv", "text;label\nw1, w2;a\nw3;b\n", "separated by ';', and its type is read with ','"),
+        ("data.csv", "text|label\nw1|a\n", "separated by '|', and its type is read with ','"),
+        ("data.csv", "text\tlabel\nw1\ta\n", "rename it to .tsv"),
+        ("data.tsv", "text,label\nw1,a\n", "rename it to .csv"),
+    ],
+)
+def test_another_separator_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CommandError) as error:
+        load(tmp_path / name, "seq-cls")
+    assert message in str(error.value)
+    assert name in str(error.value)
+
+
+def test_a_table_of_one_column_may_have_other_separators_in_its_text(tmp_path):
+    (tmp_path / "data.csv").write_text("text\nw1; w2\nw3 | w4\n")
+    assert load(tmp_path / "data.csv").rows["text"][:] == ["w1; w2", "w3 | w4"]
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 @pytest.mark.parametrize(
     ("written", "labels"),

@@ -4,12 +4,14 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..fisher.converted_targets import ConvertedTargets
 from ..fisher.layers.registry import TargetLayer, target_layer
@@ -25,6 +27,9 @@ _FLATTENED = (
     "FullyShardedDataParallel flattens the parameters, so PEFT cannot see their names and shapes: use FSDP2 "
     "(`fully_shard`), which keeps them."
 )
+# Part of PEFT's error.
+_NOTHING_FOUND = "not found in the base model"
+_MAX_NAMES_SHOWN = 8
 
 
 def resolve_targets(model: nn.Module, config: LoraConfig) -> dict[str, TargetLayer]:
@@ -90,7 +95,20 @@ def _inject(skeleton: nn.Module, config: LoraConfig, model: nn.Module, is_flatte
         except ValueError as error:
             if is_flattened:
                 raise ValueError(f"{_FLATTENED} PEFT says: {error}") from error
+            if _NOTHING_FOUND in str(error):
+                raise ValueError(f"{error} {_linear_layers(skeleton, config)}") from error
             raise
+
+
+def _linear_layers(model: nn.Module, config: LoraConfig) -> str:
+    """A sentence with the names of the linear layers, those first that are most like the targets of the config."""
+    names = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, (nn.Linear, Conv1D))}
+    if not names:
+        return "The model has no linear layers."
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or [""]
+    likeness = {name: max(SequenceMatcher(None, name, target).ratio() for target in targets) for name in names}
+    nearest = sorted(names, key=lambda name: (-likeness[name], name))[:_MAX_NAMES_SHOWN]
+    return f"Linear layers of the model are {', '.join(map(repr, nearest))}."
 
 
 def _require_untied(config: LoraConfig) -> None:

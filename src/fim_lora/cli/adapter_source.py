@@ -123,6 +123,8 @@ def _folder_of(name: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
+        if (path.parent / ADAPTER_CONFIG).is_file():
+            raise CommandError(f"{name} is one file of an adapter: give its folder, {path.parent}.")
         raise CommandError(f"{name} is not a folder. {_GIVE_AN_ADAPTER}")
     if looks_like_path(name):
         raise CommandError(f"{name}: no such folder. {_GIVE_AN_ADAPTER}")

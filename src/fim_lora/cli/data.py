@@ -19,11 +19,21 @@ from .models import looks_like_path
 
 # The columns that may hold the examples, in the order in which they are looked for.
 _FORMATS: Mapping[Task, tuple[tuple[str, ...], ...]] = {
-    "causal-lm": (("messages",), ("prompt", "completion"), ("text",)),
+    "causal-lm": (
+        ("messages",),
+        ("prompt", "completion"),
+        ("text",),
+        ("instruction", "output"),  # Alpaca
+        ("conversations",),  # ShareGPT
+    ),
     "seq-cls": (("text", "label"),),
 }
-# Roles that a format may have besides, as in TRL.
-_OPTIONAL: Mapping[tuple[str, ...], tuple[str, ...]] = {("messages",): ("tools", "chat_template_kwargs")}
+# Roles that a format may have besides; those of messages as in TRL.
+_OPTIONAL: Mapping[tuple[str, ...], tuple[str, ...]] = {
+    ("messages",): ("tools", "chat_template_kwargs"),
+    ("instruction", "output"): ("input",),
+    ("conversations",): ("tools", "chat_template_kwargs", "system"),
+}
 ROLES = tuple(
     dict.fromkeys(
         [role for formats in _FORMATS.values() for roles in formats for role in roles]
@@ -32,10 +42,14 @@ ROLES = tuple(
 )
 # Usual names of the columns for a role, in lower case, for the suggestion in an error message.
 _USUAL_NAMES = {
-    "messages": ("messages", "conversation", "conversations", "chat", "dialog", "dialogue"),
-    "prompt": ("prompt", "instruction", "question", "query", "input"),
+    "messages": ("messages", "conversation", "chat", "dialog", "dialogue"),
+    "prompt": ("prompt", "question", "query", "input"),
     "completion": ("completion", "output", "response", "answer", "target"),
     "text": ("text", "sentence", "content", "review", "document", "question", "input"),
+    "instruction": ("instruction",),
+    "input": ("input", "context"),
+    "output": ("output", "response", "answer"),
+    "conversations": ("conversations",),
     "label": ("label", "labels", "class", "category", "target", "sentiment", "intent"),
 }
 
@@ -203,20 +217,17 @@ def _column_advice(task: Task, found: Sequence[str]) -> str:
     usual = {
         role: next((lower[name] for name in names if name in lower), None) for role, names in _USUAL_NAMES.items()
     }
-    if {"instruction", "input", "output"} <= lower.keys() and task == "causal-lm":
-        return (
-            f"Join {lower['instruction']!r} and {lower['input']!r} into one column, prompt, as in your training, and "
-            f"add --column completion={_excerpt(lower['output'])}"
-        )
-    for roles in _FORMATS[task]:
-        columns = [usual[role] for role in roles]
-        if None not in columns and len(set(columns)) == len(columns):
-            pairs = zip(roles, columns, strict=True)
+    # A column of instructions belongs to no other format, but its neighbors may.
+    for roles in sorted(_FORMATS[task], key=lambda roles: "instruction" not in roles):
+        columns = {role: usual[role] for role in roles}
+        if None not in columns.values() and len(set(columns.values())) == len(columns):
+            optional = {role: usual.get(role) for role in _OPTIONAL.get(roles, ())}
+            columns |= {role: column for role, column in optional.items() if column not in (None, *columns.values())}
             return "Name the columns to use, for example: " + " ".join(
-                f"--column {role}={_excerpt(str(column))}" for role, column in pairs
+                f"--column {role}={_excerpt(str(column))}" for role, column in columns.items()
             )
-    roles = ("text",) if len(found) == 1 and task == "causal-lm" else _FORMATS[task][-1]
-    names = [_excerpt(found[0])] if len(found) == 1 else ["NAME"] * len(roles)
+    needed = ("text",) if task == "causal-lm" else ("text", "label")
+    names = [_excerpt(found[0])] if len(found) == 1 else ["NAME"] * len(needed)
     return "Name the columns to use: " + " ".join(
-        f"--column {role}={name}" for role, name in zip(roles, names, strict=False)
+        f"--column {role}={name}" for role, name in zip(needed, names, strict=False)
     )

@@ -33,7 +33,11 @@ _READERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 FILE_TYPES = tuple(_READERS)
 
 _COMPRESSIONS: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_SAVE_AGAIN = "save it with commas between the cells, for example from a spreadsheet or with pandas"
+_OTHER_SEPARATORS = {";": _SAVE_AGAIN, "\t": "rename it to .tsv", ",": "rename it to .csv", "|": _SAVE_AGAIN}
 _DAMAGES = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+# The error of datasets for a split without rows.
+_NO_ROWS = "corresponds to no data"
 _BLOCK = 2**20
 _MAX_CELL_LENGTH = 2**31 - 1
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -70,6 +74,8 @@ def load_rows(name: str, builder: str, split: str, **arguments: Any) -> Dataset:
     except DatasetGenerationError as error:
         raise CommandError(f"{name} cannot be read: {error.__cause__ or error}") from error
     except (ValueError, FileNotFoundError) as error:
+        if _NO_ROWS in str(error):
+            raise CommandError(f"{name} has no rows: give other data.") from error
         raise CommandError(f"{name} cannot be loaded: {error}") from error
 
 
@@ -96,14 +102,18 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _require_utf8(path: Path) -> None:
-    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    """Refuse a text file in another encoding, or without text."""
+    decoder, position, is_blank = codecs.getincrementaldecoder("utf-8")(), 0, True
     with _opened(path) as file:
         while block := file.read(_BLOCK):
+            is_blank = is_blank and not block.removeprefix(codecs.BOM_UTF8).strip()
             if position == 0 and block.startswith(_UTF_16):
                 raise CommandError(f"{path} is encoded in UTF-16: save it as UTF-8.")
             _decode(path, decoder, block, position)
             position += len(block)
         _decode(path, decoder, b"", position, final=True)
+    if is_blank:
+        raise CommandError(f"{path} is empty: give another file.")
 
 
 def _decode(path: Path, decoder: Any, block: bytes, position: int, final: bool = False) -> None:
@@ -133,15 +143,25 @@ class _Table:
 
 
 def _csv_arguments(path: Path, sep: str) -> dict[str, Any]:
+    _require_separator(path, sep)
     quoting = _quoting(path, sep)
     # An empty cell and the word "NA" are text, so pandas must not turn them into missing values.
     arguments = {"sep": sep, "quoting": quoting, "keep_default_na": False}
     with _opened(path) as file:
-        try:
-            header = pd.read_csv(file, nrows=0, **arguments).columns
-        except pd.errors.EmptyDataError as error:
-            raise CommandError(f"{path} is empty: give another file.") from error
+        header = pd.read_csv(file, nrows=0, **arguments).columns
     return arguments | {"features": Features({str(column): Value("string") for column in header})}
+
+
+def _require_separator(path: Path, sep: str) -> None:
+    """Refuse a table of one column in which another separator gives every row the same number of cells."""
+    if _pass_over(path, sep, csv.QUOTE_MINIMAL).columns != 1:
+        return
+    for other, advice in _OTHER_SEPARATORS.items():
+        table = None if other == sep else _pass_over(path, other, csv.QUOTE_MINIMAL)
+        if table is not None and table.is_regular and table.columns > 1:
+            raise CommandError(
+                f"{path} has cells that are separated by {other!r}, and its type is read with {sep!r}: {advice}."
+            )
 
 
 def _quoting(path: Path, sep: str) -> int:

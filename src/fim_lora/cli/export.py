@@ -15,7 +15,7 @@ from ..ranks.compressed import COMPRESSION_FILE
 from ..report.exports import export
 from ..runtime.atomic import write_text
 from .adapter_config import read_lora_config
-from .output import ADAPTER_CONFIG, read_result, require_writable_file
+from .output import ADAPTER_CONFIG, read_result, require_writable_file, result_folder
 
 _RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 # Scalings closer than this count as equal.
@@ -26,7 +26,7 @@ def export_folder(folder: Path, file_format: str, serving: bool, output: Path | 
     """Read the output folder of `fim-lora allocate` or `compress`, and write it to a file, or else print it."""
     if output is not None:
         require_writable_file(output, overwrite)
-    text = _exported(folder, file_format, serving)
+    text = _exported(result_folder(folder), file_format, serving)
     if output is None:
         print(text, end="")
     else:

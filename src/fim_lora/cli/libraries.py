@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import datasets
+import huggingface_hub
 import transformers
 
 from .remote_code import no_questions
@@ -17,6 +18,9 @@ def quiet_libraries(show_progress_bars: bool) -> Iterator[None]:
         restore.enter_context(no_questions())
         restore.callback(transformers_log.set_verbosity, transformers_log.get_verbosity())
         transformers_log.set_verbosity_error()
+        hub_log = huggingface_hub.logging
+        restore.callback(hub_log.set_verbosity, hub_log.get_verbosity())
+        hub_log.set_verbosity_error()
         restore.callback(datasets_log.set_verbosity, datasets_log.get_verbosity())
         datasets_log.set_verbosity(datasets_log.CRITICAL)
         if not show_progress_bars and transformers_log.is_progress_bar_enabled():

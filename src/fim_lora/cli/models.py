@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fim_lora_command.choices import Task
 from fim_lora_command.errors import CommandError, warn
@@ -31,6 +32,7 @@ PEFT_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS"}
 _MODEL_CLASSES = {"causal-lm": AutoModelForCausalLM, "seq-cls": AutoModelForSequenceClassification}
 _DTYPE_ARGUMENT = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
 _MAX_NAMES_SHOWN = 4
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def find_model(name: str, trust_remote_code: bool = False) -> ModelSource:
     path = Path(name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise CommandError(f"{name} is not a model: give a GGUF file, or a folder with a config.json.")
+            raise CommandError(_not_a_model_file(name, path))
         return ModelSource(name, str(path.parent), path.name, trust_remote_code=trust_remote_code)
     if path.is_dir():
         _require_model_folder(name, path)
@@ -125,11 +127,34 @@ def load_model(
 ) -> Any:
     """Load the model onto its device, with the classes `labels`, in the order of their ids, for `"seq-cls"`."""
     model, missing = read_model(source, task, dtype, labels, show_progress_bar)
-    if missing:
+    if task == "causal-lm":
+        _require_causal_model(source, model, missing)
+    elif missing:
         warn(
             f"{source.name} lacks {len(missing)} weights of this task, which start at random values: {named(missing)}."
         )
     return prepared_model(model, pad_token_id, device)
+
+
+def _require_causal_model(source: ModelSource, model: Any, missing: Sequence[str]) -> None:
+    """Refuse a model whose predictions are random, or see the tokens that they predict: so would be its ranks."""
+    if _is_encoder(model):
+        raise CommandError(
+            f"{source.name} is an encoder ({model.config.model_type}), not a causal language model: give --task "
+            "seq-cls and data with text and label, or another model."
+        )
+    if missing:
+        raise CommandError(
+            f"{source.name} lacks {len(missing)} weights of a causal language model, whose ranks would follow from "
+            f"random values: {named(missing)}. Give the whole model, or --task seq-cls for a classifier, whose head "
+            "may be new."
+        )
+
+
+def _is_encoder(model: Any) -> bool:
+    """Whether every token sees all others; some architectures are encoders unless their config says otherwise."""
+    may_be_encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return may_be_encoder and not getattr(model.config, "is_decoder", True)
 
 
 def read_model(
@@ -222,6 +247,14 @@ def named_errors(source: ModelSource) -> Iterator[None]:
             if is_about_code(error):
                 raise refused_code(source.name, source.location, source.pretrained_arguments) from error
             raise CommandError(f"{source.name} cannot be loaded: {error}") from error
+
+
+def _not_a_model_file(name: str, file: Path) -> str:
+    if (file.parent / "config.json").is_file():
+        return f"{name} is one file of a model: give its folder, {file.parent}."
+    if file.suffix.lower() in _WEIGHTS:
+        return f"{name} holds only weights: give a folder of save_pretrained, with a config.json and a tokenizer."
+    return f"{name} is not a model: give a GGUF file, or a folder with a config.json."
 
 
 def _require_model_folder(name: str, folder: Path) -> None:

@@ -16,8 +16,20 @@ RANK_MAP = "rank_map.png"
 SIZE_CURVE = "size_curve.png"
 OUTPUT_FILES = (ADAPTER_CONFIG, ALLOCATION_FILE, RANK_MAP)
 COMPRESSED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPRESSION_FILE, SIZE_CURVE, RANK_MAP)
+_RANK_FILES = (ALLOCATION_FILE, COMPRESSION_FILE)
 
 Result = RankAllocation | LoraCompression
+
+
+def result_folder(path: Path) -> Path:
+    """The folder of a result, of which the user may have given the file of the ranks."""
+    if not path.is_file():
+        return path
+    if path.name in _RANK_FILES:
+        return path.parent
+    known = [path.parent / name for name in _RANK_FILES]
+    advice = f"give its folder, {path.parent}" if any(map(Path.exists, known)) else "give a folder"
+    raise CommandError(f"{path} is a file: {advice}, which fim-lora allocate or fim-lora compress wrote.")
 
 
 def read_result(folder: Path) -> Result:

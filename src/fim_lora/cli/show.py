@@ -4,12 +4,13 @@ from pathlib import Path
 
 from ..report.rank_map import draw_rank_map
 from ..runtime.atomic import staged_files
-from .output import RANK_MAP, read_result
+from .output import RANK_MAP, read_result, result_folder
 from .summary import print_summary
 
 
 def show(folder: Path) -> None:
     """Print the summary, and draw the rank map again."""
+    folder = result_folder(folder)
     result = read_result(folder)
     print_summary(result, {})
     with staged_files(folder) as stage:

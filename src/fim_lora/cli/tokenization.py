@@ -1,7 +1,6 @@
 """Tokenization: from rows to token ids and labels, and from these to padded batches."""
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -14,15 +13,15 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTra
 
 from fim_lora_command.errors import CommandError, warn
 
+from .cells import messages_of, parsed, text_of
 from .data import CalibrationData, Row
+from .known_formats import in_usual_form
 
 # Label of the positions that the loss of transformers models ignores.
 IGNORED = -100
 
 # A running text is tokenized in pieces of about this many characters, cut at line ends, so that progress is visible.
 _PIECE_CHARACTERS = 2**20
-
-_MAX_EXCERPT_LENGTH = 80
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,9 @@ def tokenize(
 
     Warns of examples without a token to predict, and of prompts whose tokens change when the completion follows.
     """
-    if "messages" in data.columns and tokenizer.chat_template is None:
+    if {"messages", "conversations"} & data.columns.keys() and tokenizer.chat_template is None:
         raise CommandError(
-            f"{data.name} has messages, but the tokenizer has no chat template: use the chat version of the "
+            f"{data.name} has conversations, but the tokenizer has no chat template: use the chat version of the "
             "model, or data with a column of plain text."
         )
     if data.is_stream:
@@ -104,17 +103,18 @@ def tokenize(
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, labels: Sequence[str | int]) -> Example:
     if "label" in row.values:
         return _encode_labeled(tokenizer, row, max_length, labels)
+    row = in_usual_form(row)
     if "messages" in row.values:
         return _encode_messages(tokenizer, row, max_length)
     if "prompt" in row.values:
         return _encode_prompt_and_completion(tokenizer, row, max_length)
-    text = _with_end(tokenizer, _text(row, "text"))
+    text = _with_end(tokenizer, text_of(row, "text"))
     return _causal_example(tokenizer(text)["input_ids"], max_length)
 
 
 def _encode_prompt_and_completion(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
     """As in TRL: the completion ends the sequence, and only its tokens count in the loss."""
-    prompt, completion = _text(row, "prompt"), _with_end(tokenizer, _text(row, "completion"))
+    prompt, completion = text_of(row, "prompt"), _with_end(tokenizer, text_of(row, "completion"))
     prompt_ids = tokenizer(prompt)["input_ids"]
     ids = tokenizer(prompt + completion)["input_ids"]
     changed = ids[: len(prompt_ids)] != prompt_ids
@@ -123,7 +123,7 @@ def _encode_prompt_and_completion(tokenizer: PreTrainedTokenizerBase, row: Row, 
 
 def _encode_messages(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
     """As in TRL by default: all tokens of the conversation count in the loss, and the template gets the tools."""
-    messages, tools = _messages(row), _parsed(row, "tools", list)
+    messages, tools = messages_of(row), parsed(row, "tools", list)
     options = _template_options(tokenizer, row)
     try:
         # Some templates write an introduction to an empty list of tools.
@@ -139,7 +139,7 @@ def _encode_messages(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: i
 
 def _template_options(tokenizer: PreTrainedTokenizerBase, row: Row) -> Mapping[str, Any]:
     """Variables of the chat template, without arguments of `apply_chat_template` itself, such as a template."""
-    options = _parsed(row, "chat_template_kwargs", Mapping) or {}
+    options = parsed(row, "chat_template_kwargs", Mapping) or {}
     arguments = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
     reserved = arguments - {"add_generation_prompt", "continue_final_message", "documents", "kwargs"}
     if found := sorted(reserved & options.keys()):
@@ -153,7 +153,7 @@ def _template_options(tokenizer: PreTrainedTokenizerBase, row: Row) -> Mapping[s
 def _encode_labeled(
     tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int, labels: Sequence[str | int]
 ) -> Example:
-    text, label = _text(row, "text"), row.values["label"]
+    text, label = text_of(row, "text"), row.values["label"]
     if label not in labels:
         raise CommandError(f"The label {label!r} of {row.place} is not one of the data's labels: remove the row.")
     # The tokenizer truncates, because it keeps the closing special token of encoders.
@@ -211,63 +211,6 @@ def _with_end(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text if end is None or text.endswith(end) else text + end
 
 
-def _text(row: Row, role: str) -> str:
-    value = row.values[role]
-    if value is None:
-        raise CommandError(f"The {role} of {row.place} is missing: remove the row.")
-    if not isinstance(value, str):
-        raise CommandError(
-            f"The {role} of {row.place} is not text but {type(value).__name__}: {_excerpt(value)}. "
-            "Convert the column to text, or choose another one."
-        )
-    if not value.strip():
-        raise CommandError(f"The {role} of {row.place} is empty: remove the row.")
-    return value
-
-
-def _messages(row: Row) -> list[dict[str, Any]]:
-    messages = row.values["messages"]
-    if not messages:
-        raise CommandError(f"The messages of {row.place} are empty: remove the row.")
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise CommandError(
-            f"The messages of {row.place} are not a list of {{'role': …, 'content': …}}: {_excerpt(messages)}. "
-            "Correct or remove the row."
-        )
-    return _without_none(messages)
-
-
-def _parsed(row: Row, role: str, kind: type) -> Any:
-    """A value that may be left out or be written as JSON, as TRL accepts it; dictionaries without empty keys."""
-    value = row.values.get(role)
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise CommandError(f"The {role} of {row.place} are not valid JSON: {error}. Correct the row.") from error
-    if value is None or value == "":
-        return None
-    parts = value if isinstance(value, list) else []
-    if not isinstance(value, kind) or not all(isinstance(one, Mapping) for one in parts):
-        wanted = "a list of JSON schemas" if kind is list else "a dictionary of arguments"
-        raise CommandError(
-            f"The {role} of {row.place} are not {wanted} but {type(value).__name__}: {_excerpt(value)}. Correct the "
-            "row."
-        )
-    return _without_none(value)
-
-
-def _without_none(value: Any) -> Any:
-    """Arrow gives each dictionary the keys of all of them, but templates check whether a key is present."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(one) for key, one in value.items() if one is not None}
-    return [_without_none(one) for one in value] if isinstance(value, list) else value
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
-
-
 def _warn_of_problems(examples: Sequence[Example], max_length: int) -> None:
     without_target = sum(not example.has_target for example in examples)
     if without_target:
@@ -290,8 +233,3 @@ def _advice(examples: Sequence[Example]) -> str:
     if any(example.truncated for example in without_target):
         return "raise --max-length"
     return "a text needs two tokens or more"
-
-
-def _excerpt(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_EXCERPT_LENGTH else f"{text[:_MAX_EXCERPT_LENGTH]}…"
