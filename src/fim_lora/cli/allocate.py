@@ -13,10 +13,7 @@ from peft import LoraConfig
 from fim_lora_command.choices import Task
 
 from ..rank_allocation import RankAllocation
-from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
-from ..report.rank_map import draw_rank_map
-from ..runtime.atomic import staged_files
 from ..scoring import get_fim_scores
 from .classes import with_classes_of_model
 from .data import CalibrationData, load_data
@@ -29,7 +26,8 @@ from .models import (
     load_tokenizer,
     require_fitting_tokens,
 )
-from .output import OUTPUT_FILES, RANK_MAP, require_writable
+from .output import OUTPUT_FILES, require_writable, write_allocation
+from .provenance import now
 from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact
 from .summary import print_summary
 from .tokenization import Examples, tokenize
@@ -90,7 +88,7 @@ def allocate(options: AllocateOptions) -> None:
             scores = get_fim_scores(model, batches, config, show_progress_bar=show_progress_bars)
     allocation = RankAllocation.from_scores(scores, config)
     new_config = allocation.to_lora_config(config, serving=options.serving)
-    _write(options, allocation, new_config, _provenance(options, source, model, data))
+    write_allocation(options.output, allocation, new_config, _provenance(options, source, model, data, config))
     print_summary(allocation, _facts(options, model, data, examples, seconds))
 
 
@@ -101,17 +99,12 @@ def _load_data(options: AllocateOptions, source: ModelSource) -> CalibrationData
     return with_classes_of_model(data, source) if options.task == "seq-cls" else data
 
 
-def _write(
-    options: AllocateOptions, allocation: RankAllocation, config: LoraConfig, provenance: Mapping[str, Any]
-) -> None:
-    with staged_files(options.output) as folder:
-        config.save_pretrained(str(folder))
-        allocation.save(folder / ALLOCATION_FILE, **provenance)
-        draw_rank_map(allocation, folder / RANK_MAP)
-
-
-def _provenance(options: AllocateOptions, source: ModelSource, model: Any, data: CalibrationData) -> dict[str, Any]:
+def _provenance(
+    options: AllocateOptions, source: ModelSource, model: Any, data: CalibrationData, config: LoraConfig
+) -> dict[str, Any]:
+    targets = config.target_modules
     return {
+        "date": now(),
         "versions": recorded_versions(),
         "model": source.identity(model),
         "data": data.identity(),
@@ -121,6 +114,8 @@ def _provenance(options: AllocateOptions, source: ModelSource, model: Any, data:
         "batch_size": options.batch_size,
         "dtype": dtype_name(model),
         "device": str(options.device),
+        # The targets in the config are others if layers lost their adapter.
+        "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
     }
 
 

@@ -21,6 +21,7 @@ from .compress_inputs import CompressOptions, Inputs, load_adapted_model, read_i
 from .libraries import quiet_libraries
 from .models import named
 from .output import ADAPTER_WEIGHTS, COMPRESSED_FILES, RANK_MAP, SIZE_CURVE, require_writable
+from .provenance import now
 from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact
 from .summary import print_summary
 from .trained_adapter import save_adapter
@@ -145,6 +146,7 @@ def _warn_of_order(inputs: Inputs, outcome: _Outcome) -> None:
 def _provenance(options: CompressOptions, source: AdapterSource, inputs: Inputs, model: Any) -> dict[str, Any]:
     calibration, evaluation = inputs.calibration, inputs.evaluation
     return {
+        "date": now(),
         "versions": recorded_versions(),
         "adapter": source.identity(),
         "model": inputs.base.identity(model.get_base_model()),
