@@ -28,7 +28,7 @@ from .models import (
 )
 from .output import OUTPUT_FILES, require_writable, write_allocation
 from .provenance import now
-from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact
+from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, timed_loading, truncation_fact
 from .summary import print_summary
 from .tokenization import Examples, tokenize
 
@@ -61,23 +61,23 @@ class AllocateOptions:
 
 def allocate(options: AllocateOptions) -> None:
     """Calibrate, allocate, write the output folder and print the summary."""
-    show_progress_bars = sys.stderr.isatty()
+    show_library_bars = sys.stderr.isatty()
     require_writable(options.output, options.overwrite, foreign=COMPRESSION_FILE)
     source = find_model(options.model, options.trust_remote_code)
     config = copy.copy(options.lora_config)
     seconds: dict[str, float] = {}
-    with quiet_libraries(show_progress_bars):
-        with timed(seconds, "loading"):
+    with quiet_libraries(show_library_bars):
+        with timed_loading(seconds):
             data = _load_data(options, source)
             tokenizer = load_tokenizer(source)
         with timed(seconds, "tokenizing"):
             count = config.fim_config.fim_calibration_batches * options.batch_size
-            examples = tokenize(data, tokenizer, count, options.max_length, options.seed, show_progress_bars)
-        with timed(seconds, "loading"):
+            examples = tokenize(data, tokenizer, count, options.max_length, options.seed)
+        with timed_loading(seconds):
             # A classification head starts at random values, on which the scores depend.
             torch.manual_seed(options.seed)
             labels, pad_token_id, device = data.label_names, tokenizer.pad_token_id, options.device
-            model = load_model(source, options.task, options.dtype, device, labels, pad_token_id, show_progress_bars)
+            model = load_model(source, options.task, options.dtype, device, labels, pad_token_id, show_library_bars)
         require_fitting_tokens(model, examples.token_ids)
         # For a GGUF file this is its folder. PEFT warns if the config names another model.
         config.base_model_name_or_path = model.name_or_path
@@ -85,7 +85,7 @@ def allocate(options: AllocateOptions) -> None:
             config.target_modules = default_target_modules(model)
         with timed(seconds, "calibrating"):
             batches = examples.batches(tokenizer, options.batch_size)
-            scores = get_fim_scores(model, batches, config, show_progress_bar=show_progress_bars)
+            scores = get_fim_scores(model, batches, config)
     allocation = RankAllocation.from_scores(scores, config)
     new_config = allocation.to_lora_config(config, serving=options.serving)
     write_allocation(options.output, allocation, new_config, _provenance(options, source, model, data, config))
