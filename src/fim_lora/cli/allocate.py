@@ -17,6 +17,7 @@ from ..ranks.compressed import COMPRESSION_FILE
 from ..scoring import get_fim_scores
 from .classes import with_classes_of_model
 from .data import CalibrationData, load_data
+from .json_output import print_json, result_document
 from .libraries import quiet_libraries
 from .models import (
     ModelSource,
@@ -29,7 +30,7 @@ from .models import (
 from .output import OUTPUT_FILES, require_writable, write_allocation
 from .provenance import now
 from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, timed_loading, truncation_fact
-from .summary import print_summary
+from .summary import print_next_step, print_summary
 from .tokenization import Examples, tokenize
 
 
@@ -57,6 +58,7 @@ class AllocateOptions:
     seed: int
     trust_remote_code: bool
     serving: bool
+    as_json: bool
 
 
 def allocate(options: AllocateOptions) -> None:
@@ -88,8 +90,13 @@ def allocate(options: AllocateOptions) -> None:
             scores = get_fim_scores(model, batches, config)
     allocation = RankAllocation.from_scores(scores, config)
     new_config = allocation.to_lora_config(config, serving=options.serving)
-    write_allocation(options.output, allocation, new_config, _provenance(options, source, model, data, config))
+    provenance = _provenance(options, source, model, data, config)
+    write_allocation(options.output, allocation, new_config, provenance)
+    if options.as_json:
+        print_json(result_document(allocation, options.output, provenance, seconds=seconds))
+        return
     print_summary(allocation, _facts(options, model, data, examples, seconds))
+    print_next_step(allocation, options.output)
 
 
 def _load_data(options: AllocateOptions, source: ModelSource) -> CalibrationData:

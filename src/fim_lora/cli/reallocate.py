@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from math import isclose
 from pathlib import Path
@@ -12,62 +12,55 @@ from peft import LoraConfig
 
 from fim_lora_command.errors import CommandError
 
-from ..config import FimConfig
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
 from .export import base_config
 from .file_hash import sha256
+from .json_output import print_json, result_document
 from .output import OUTPUT_FILES, read_result, require_writable, write_allocation
 from .provenance import now, provenance_facts, read_provenance
-from .summary import print_summary
+from .summary import print_next_step, print_summary
+
+# The fields of `FimConfig` that decide ranks by scores.
+_SETTINGS = ("r_min", "r_max", "budget", "score", "score_exponent")
 
 
-@dataclass(frozen=True)
-class ReallocateOptions:
-    """The options of `fim-lora allocate --scores`: the folder with the scores, and how to decide the ranks."""
+def reallocate(
+    folder: Path, settings: LoraConfig, output: Path, overwrite: bool, serving: bool, as_json: bool
+) -> None:
+    """Allocate again by the scores in `folder`, write the output folder and print the summary.
 
-    scores: Path
-    output: Path
-    overwrite: bool
-    r: int
-    lora_alpha: int
-    fim_config: FimConfig
-    serving: bool
-
-
-def reallocate(options: ReallocateOptions) -> None:
-    """Allocate again, write the output folder and print the summary."""
-    require_writable(options.output, options.overwrite, foreign=COMPRESSION_FILE)
-    allocation, config = reallocated(options)
-    provenance = _provenance(options.scores)
-    write_allocation(options.output, allocation, config, provenance)
-    written = {"Written": f"{', '.join(OUTPUT_FILES)} in {options.output}"}
+    `settings` has the new `r`, `lora_alpha` and `fim_config`.
+    """
+    require_writable(output, overwrite, foreign=COMPRESSION_FILE)
+    allocation, config = reallocated(folder, settings, serving)
+    provenance = _provenance(folder)
+    write_allocation(output, allocation, config, provenance)
+    if as_json:
+        print_json(result_document(allocation, output, provenance))
+        return
+    written = {"Written": f"{', '.join(OUTPUT_FILES)} in {output}"}
     print_summary(allocation, provenance_facts(provenance) | written)
+    print_next_step(allocation, output)
 
 
-def reallocated(options: ReallocateOptions) -> tuple[RankAllocation, LoraConfig]:
-    """The allocation that the same calibration would give with these options, and its config.
+def reallocated(folder: Path, settings: LoraConfig, serving: bool) -> tuple[RankAllocation, LoraConfig]:
+    """The allocation that the same calibration would give with other settings, and its config.
 
     How the scores were measured and what the adapter is otherwise (`exact`, the number of batches, the initialization,
     the targets) remains as in the folder.
     """
-    saved = read_result(options.scores)
+    saved = read_result(folder)
     if not isinstance(saved, RankAllocation):
-        raise CommandError(
-            f"{options.scores} has the result of fim-lora compress, which has no scores to allocate by."
-        )
-    config = _config_with_all_targets(options.scores, saved)
-    _require_uniform_base(options.scores, saved, config)
-    config.r, config.lora_alpha = options.r, options.lora_alpha
-    config.fim_config = replace(
-        saved.fim_config,
-        **{
-            name: getattr(options.fim_config, name) for name in ("r_min", "r_max", "budget", "score", "score_exponent")
-        },
-    )
+        raise CommandError(f"{folder} has a compression, not an allocation: it has no scores to allocate by.")
+    config = _config_with_all_targets(folder, saved)
+    _require_uniform_base(folder, saved, config)
+    config.r, config.lora_alpha = settings.r, settings.lora_alpha
+    new = {name: getattr(settings.fim_config, name) for name in _SETTINGS}
+    config.fim_config = replace(saved.fim_config, **new)
     allocation = RankAllocation.from_scores(saved.scores, config)
-    return allocation, allocation.to_lora_config(config, serving=options.serving)
+    return allocation, allocation.to_lora_config(config, serving=serving)
 
 
 def _config_with_all_targets(folder: Path, saved: RankAllocation) -> LoraConfig:

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shlex import quote
 
 from rich import box
 from rich.console import Console
@@ -45,6 +47,17 @@ def print_summary(
         for heading, names in _extremes(result).items():
             console.print(f"[bold]{heading}[/bold]")
             console.print(_sensitivity_table(names, result))
+
+
+def print_next_step(result: RankAllocation | LoraCompression, folder: Path) -> None:
+    """Print what a new result can be used for, as one line."""
+    if isinstance(result, RankAllocation):
+        print(
+            f"Next: get_peft_model(model, LoraConfig.from_pretrained({str(folder)!r})) creates the adapter to train; "
+            f"the folder holds ranks and no weights. For axolotl: fim-lora export {quote(str(folder))} --format axolotl"
+        )
+    else:
+        print(f"Next: PeftModel.from_pretrained(model, {str(folder)!r}) loads the adapter; it does not need fim-lora.")
 
 
 def _facts(allocation: RankAllocation) -> dict[str, str]:
