@@ -155,17 +155,13 @@ def _require_options(
     if scores is None:
         for option, value in (("--model", model), ("--data", data)):
             if value is None:
-                context.fail(
-                    f"Missing option '{option}'. Give --model and --data, or --scores with an earlier result."
-                )
+                context.fail(f"Missing option '{option}'. Give --model and --data, or an earlier result as --scores.")
         return
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name or "")
         is_given = source is not None and source.name == "COMMANDLINE"
         if is_given and parameter.name not in _OPTIONS_WITH_SCORES:
-            context.fail(
-                f"{parameter.opts[-1]} has no effect with --scores, which needs no calibration: leave it out."
-            )
+            context.fail(f"{parameter.opts[-1]} has no effect with --scores, which does not calibrate: leave it out.")
 
 
 def _require_bounds(r: int, r_min: int, r_max: int | None) -> None:

@@ -54,7 +54,8 @@ def print_next_step(result: RankAllocation | LoraCompression, folder: Path) -> N
     if isinstance(result, RankAllocation):
         print(
             f"Next: get_peft_model(model, LoraConfig.from_pretrained({str(folder)!r})) creates the adapter to train; "
-            f"the folder holds ranks and no weights. For axolotl: fim-lora export {quote(str(folder))} --format axolotl"
+            "the folder holds ranks and no weights. For axolotl: "
+            f"fim-lora export {quote(str(folder))} --format axolotl"
         )
     else:
         print(f"Next: PeftModel.from_pretrained(model, {str(folder)!r}) loads the adapter; it does not need fim-lora.")
