@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .allocate import allocate_command
+from .compare import compare_command
 from .compress import compress_command
 from .errors import EXIT_INTERRUPTED, report_error, warnings_as_lines
 from .export import export_command
@@ -20,6 +21,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "allocate": allocate_command,
     "compress": compress_command,
     "show": show_command,
+    "compare": compare_command,
     "export": export_command,
 }
 

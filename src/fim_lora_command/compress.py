@@ -18,6 +18,7 @@ from .options import (
     Column,
     Device,
     Dtype,
+    Json,
     MaxLength,
     Output,
     Overwrite,
@@ -48,7 +49,7 @@ def compress_command(
         float | None, typer.Option(help="Size as a share of the adapter's parameters.", metavar="X", min=0, max=1)
     ] = None,
     r: Annotated[
-        int | None, typer.Option("-r", "--r", help="Size as the parameters of uniform rank N.", metavar="N", min=1)
+        int | None, typer.Option("-r", "--rank", help="Size as the parameters of uniform rank N.", metavar="N", min=1)
     ] = None,
     max_loss_increase: Annotated[
         float | None,
@@ -97,6 +98,7 @@ def compress_command(
     seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Shrink a trained adapter with a small increase of the loss; the result is an ordinary adapter."""
     require_choice("--dtype", dtype, DTYPES)
@@ -139,6 +141,7 @@ def compress_command(
         device=device_of(device),
         seed=seed,
         trust_remote_code=trust_remote_code,
+        as_json=as_json,
     )
     compress(options)
 
@@ -148,7 +151,7 @@ def _size(keep: float | None, r: int | None, max_loss_increase: float | None) ->
     sizes: dict[str, Any] = {"keep": keep, "r": r, "max_loss_increase": max_loss_increase}
     given = {name: value for name, value in sizes.items() if value is not None}
     if len(given) != 1:
-        raise wrong_usage("--keep", "give exactly one of --keep, --r and --max-loss-increase.")
+        raise wrong_usage("--keep", "give exactly one of --keep, --rank and --max-loss-increase.")
     [(name, value)] = given.items()
     if not math.isfinite(value) or (name == "keep" and value == 0):
         raise wrong_usage(f"--{name.replace('_', '-')}", f"{value} is not a size.")

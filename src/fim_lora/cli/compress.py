@@ -18,12 +18,13 @@ from ..runtime.atomic import staged_files
 from ..spectrum import LoraSpectrum, get_lora_spectrum
 from .adapter_source import AdapterSource, find_adapter
 from .compress_inputs import CompressOptions, Inputs, load_adapted_model, read_inputs
+from .json_output import print_json, result_document
 from .libraries import quiet_libraries
 from .models import named
 from .output import ADAPTER_WEIGHTS, COMPRESSED_FILES, RANK_MAP, SIZE_CURVE, require_writable
 from .provenance import now
 from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, timed_loading, truncation_fact
-from .summary import print_summary
+from .summary import print_next_step, print_summary
 from .trained_adapter import save_adapter
 
 # Besides the chosen size, the loss is measured at this many sizes for the picture.
@@ -76,8 +77,12 @@ def compress(options: CompressOptions) -> None:
         provenance = _provenance(options, source, inputs, model)
         bytes_after = _write(options, source, model, outcome, provenance)
     _warn_of_order(inputs, outcome)
+    if options.as_json:
+        print_json(result_document(outcome.result, options.output, provenance, seconds=seconds))
+        return
     facts = _facts(options, source, inputs, model, seconds)
     print_summary(outcome.result, facts, [["adapter file", _size(bytes_before), _size(bytes_after)]])
+    print_next_step(outcome.result, options.output)
 
 
 def _compressed(options: CompressOptions, model: Any, inputs: Inputs, seconds: dict[str, float]) -> _Outcome:

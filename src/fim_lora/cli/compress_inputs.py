@@ -61,6 +61,7 @@ class CompressOptions:
     device: torch.device
     seed: int
     trust_remote_code: bool
+    as_json: bool
 
 
 @dataclass(frozen=True)

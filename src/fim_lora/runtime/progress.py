@@ -19,7 +19,7 @@ def progress_bar(
     options: dict[str, Any] = {}
     if not (sys.stderr.isatty() or _is_notebook()):
         seconds = _SECONDS_PER_LINE
-        options = {"file": _Lines(), "mininterval": seconds, "delay": seconds, "miniters": 1}
+        options = {"file": _Lines(), "mininterval": seconds, "delay": seconds, "miniters": 1, "leave": False}
     return tqdm(iterable, total=total, desc=description, unit=unit, disable=not show, **options)
 
 
@@ -50,7 +50,7 @@ class _Lines:
     """The part of a file that tqdm needs: each state of a bar becomes a line on standard error."""
 
     def write(self, text: str) -> None:
-        if line := text.strip():  # tqdm returns to the beginning of the line, and ends with an empty one
+        if line := text.strip():  # tqdm returns to the beginning of the line, and clears it at the end
             print(line, file=sys.stderr)
 
     def flush(self) -> None:
