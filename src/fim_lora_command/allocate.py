@@ -56,6 +56,9 @@ def allocate_command(
     output: Annotated[
         Path | None, typer.Option(help="Folder for the result.", metavar="DIR", callback=expanded)
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the targets, the size and the expected time; write nothing.")
+    ] = False,
     r: Rank = 8,
     r_min: Annotated[
         int, typer.Option(help="Smallest rank of a layer; with 0, a layer may get no adapter.", metavar="N", min=0)
@@ -110,7 +113,7 @@ def allocate_command(
     require_choice("--task", task, TASKS)
     require_choice("--dtype", dtype, DTYPES)
     _require_bounds(r, r_min, r_max)
-    _require_options(context, model, data, scores, output)
+    _require_options(context, model, data, scores, output, dry_run)
     columns, targets = column_names(column or []), target_modules_of(target_modules)
 
     from fim_lora.cli.allocate import AllocateOptions, allocate
@@ -124,10 +127,12 @@ def allocate_command(
     if scores is not None:
         reallocate(scores, config, cast(Path, output), overwrite, serving, as_json)
         return
+    if dry_run:
+        output = None
     options = AllocateOptions(
         model=cast(str, model),
         data=cast(str, data),
-        output=cast(Path, output),
+        output=output,
         overwrite=overwrite,
         lora_config=config,
         batch_size=batch_size,
@@ -147,10 +152,15 @@ def allocate_command(
 
 
 def _require_options(
-    context: typer.Context, model: str | None, data: str | None, scores: Path | None, output: Path | None
+    context: typer.Context,
+    model: str | None,
+    data: str | None,
+    scores: Path | None,
+    output: Path | None,
+    dry_run: bool,
 ) -> None:
     """Refuse missing options, and those that have no effect on scores that were measured before."""
-    if output is None:
+    if output is None and not dry_run:
         context.fail("Missing option '--output'.")
     if scores is None:
         for option, value in (("--model", model), ("--data", data)):

@@ -28,7 +28,6 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
 app = typer.Typer(
     name="fim-lora",
     help="LoRA ranks from the empirical Fisher information, as an ordinary PEFT adapter.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -30,12 +30,7 @@ def print_summary(
     """
     console = new_console()
     own_facts = _facts(result) if isinstance(result, RankAllocation) else _facts_of_compression(result)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for heading, text in {**own_facts, **facts}.items():
-        table.add_row(heading, escape(text))
-    console.print(table)
+    print_facts(console, {**own_facts, **facts})
     console.print()
     if isinstance(result, LoraCompression):
         headings, parameters, *others = result.rows()
@@ -45,6 +40,16 @@ def print_summary(
         for heading, names in _extremes(result).items():
             console.print(f"[bold]{heading}[/bold]")
             console.print(_sensitivity_table(names, result))
+
+
+def print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Print `facts`, heading to text, one below the other."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for heading, text in facts.items():
+        table.add_row(heading, escape(text))
+    console.print(table)
 
 
 def print_grids(console: Console, grids: Sequence[LayerGrid], heading: str, ranks: Mapping[str, object]) -> None:
