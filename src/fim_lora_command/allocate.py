@@ -127,8 +127,6 @@ def allocate_command(
     if scores is not None:
         reallocate(scores, config, cast(Path, output), overwrite, serving, as_json)
         return
-    if dry_run:
-        output = None
     options = AllocateOptions(
         model=cast(str, model),
         data=cast(str, data),
@@ -147,6 +145,7 @@ def allocate_command(
         trust_remote_code=trust_remote_code,
         serving=serving,
         as_json=as_json,
+        dry_run=dry_run,
     )
     allocate(options)
 

@@ -44,7 +44,7 @@ def test_the_help_has_only_the_two_options_of_completion(capfd):
     options = [line for line in capfd.readouterr().out.splitlines() if "--" in line]
     assert len(options) == 4  # version, two of completion, help
     assert main(["allocate", "--help"]) == 0
-    assert "completion" not in capfd.readouterr().out
+    assert "-completion" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["allocate", "compress"])

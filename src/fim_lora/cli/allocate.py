@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -40,9 +40,9 @@ from .tokenization import Examples, tokenize
 class AllocateOptions:
     """The options of `fim-lora allocate`, checked as far as possible without reading the model or the data.
 
-    Without an `output`, only the first batch is run. `column_names` maps roles to the columns that were assigned.
-    `dtype` is `"auto"` or the name of a torch dtype. `seed` determines which examples are drawn, and the initial values
-    of a new classification head.
+    With `dry_run`, only the first batch is run, and `output` may be `None`. `column_names` maps roles to the columns
+    that were assigned. `dtype` is `"auto"` or the name of a torch dtype. `seed` determines which examples are drawn,
+    and the initial values of a new classification head.
     """
 
     model: str
@@ -62,6 +62,7 @@ class AllocateOptions:
     trust_remote_code: bool
     serving: bool
     as_json: bool
+    dry_run: bool
 
 
 @dataclass(frozen=True)
@@ -85,25 +86,26 @@ def allocate(options: AllocateOptions) -> None:
     with quiet_libraries(show_library_bars):
         inputs = _read_inputs(options, source, seconds, show_library_bars)
         batches = inputs.examples.batches(inputs.tokenizer, options.batch_size)
-        if options.output is None:
+        if options.dry_run:
             dry_run(inputs.model, batches, inputs.config, _facts(options, inputs), seconds, options.as_json)
             return
         with timed(seconds, "calibrating"):
             scores = get_fim_scores(inputs.model, batches, inputs.config)
+    output = cast(Path, options.output)
     allocation = RankAllocation.from_scores(scores, inputs.config)
     new_config = allocation.to_lora_config(inputs.config, serving=options.serving)
     provenance = _provenance(options, source, inputs)
-    write_allocation(options.output, allocation, new_config, provenance)
+    write_allocation(output, allocation, new_config, provenance)
     if options.as_json:
-        print_json(result_document(allocation, options.output, provenance, seconds=seconds))
+        print_json(result_document(allocation, output, provenance, seconds=seconds))
         return
     facts = _facts(options, inputs) | {
         "Time": ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items()),
         "Peak memory": peak_memory(options.device),
-        "Written": f"{', '.join(OUTPUT_FILES)} in {options.output}",
+        "Written": f"{', '.join(OUTPUT_FILES)} in {output}",
     }
     print_summary(allocation, facts)
-    print_next_step(allocation, options.output)
+    print_next_step(allocation, output)
 
 
 def _read_inputs(
