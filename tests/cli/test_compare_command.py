@@ -84,6 +84,8 @@ def test_the_picture_is_written_only_if_asked_for(results, tmp_path, capsys):
     assert main(list(map(str, arguments))) == 1
     assert "exists: give another --output, or --overwrite" in error_line(capsys)
     assert main(list(map(str, [*arguments, "--overwrite"]))) == 0
+    assert main(list(map(str, [*arguments[:3], "--overwrite"]))) == 2
+    assert "no effect without --output" in error_line(capsys)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ..report.comparison_picture import draw_comparison
 from ..runtime.atomic import staged_files
 from .json_output import print_json
 from .models import named
-from .output import Result, read_result, require_writable_file
+from .output import Result, read_result, require_writable_file, result_folder
 from .provenance import provenance_facts, read_provenance
 from .summary import new_console, print_grids
 
@@ -24,8 +24,8 @@ def compare(first: Path, second: Path, output: Path | None, overwrite: bool, as_
     """Print the comparison, and draw it if a file for the picture is given."""
     if output is not None:
         require_writable_file(output, overwrite)
-    folders = (first, second)
-    results = (read_result(first), read_result(second))
+    folders = (result_folder(first), result_folder(second))
+    results = (read_result(folders[0]), read_result(folders[1]))
     comparison = RankComparison(results[0].ranks, results[1].ranks)
     if output is not None:
         with staged_files(output.parent) as stage:

@@ -18,7 +18,7 @@ from ..ranks.compressed import COMPRESSION_FILE
 from .export import base_config
 from .file_hash import sha256
 from .json_output import print_json, result_document
-from .output import OUTPUT_FILES, read_result, require_writable, write_allocation
+from .output import OUTPUT_FILES, read_result, require_writable, result_folder, write_allocation
 from .provenance import now, provenance_facts, read_provenance
 from .summary import print_next_step, print_summary
 
@@ -33,6 +33,7 @@ def reallocate(
 
     `settings` has the new `r`, `lora_alpha` and `fim_config`.
     """
+    folder = result_folder(folder)
     require_writable(output, overwrite, foreign=COMPRESSION_FILE)
     allocation, config = reallocated(folder, settings, serving)
     provenance = _provenance(folder)
