@@ -21,6 +21,7 @@ from peft import LoraConfig
 
 from fim_lora import FimConfig, FimScores, LayerScore, RankAllocation
 from fim_lora.report.exports import export
+from fim_lora.report.rank_map import draw_rank_map
 from fim_lora.runtime.checked_json import InvalidFileError
 from helpers.commands import run_commands
 from helpers.damaged_json import HOSTILE_NAMES, truncated, with_changed_bytes, with_changed_values
@@ -257,12 +258,15 @@ def test_strange_names_are_only_names(tmp_path):
     formats = ("csv", "axolotl", "peft")
     commands = [("show", folder) for folder in folders]
     commands += [("export", folder, "--format", name) for folder in folders for name in formats]
+    commands += [("compare", folder, folder, "--output", folder / "ranks.png") for folder in folders]
     results = run_commands(commands, tmp_path)
     assert len(results) == len(commands)
     for command, (code, out, err) in zip(commands, results, strict=True):
         assert (code, err) == (0, ""), command
         assert all(line.isprintable() for line in out.splitlines())
-    drawn = {folder / "rank_map.png" for folder in folders}
+    for folder in folders:
+        draw_rank_map(RankAllocation.load(folder / "fim_allocation.json"), folder / "rank_map.png")
+    drawn = {folder / name for folder in folders for name in ("rank_map.png", "ranks.png")}
     after = snapshot(tmp_path)
     assert set(after) - set(before) == drawn
     assert all(after[path] == content for path, content in before.items())
@@ -356,7 +360,8 @@ def test_a_link_in_the_folder_does_not_lead_out_of_it(tmp_path):
     outside.write_text("mine")
     folder = write_folder(tmp_path / "out")
     (folder / "rank_map.png").symlink_to(outside)
-    [[code, _, err]] = run_commands([("show", folder)], tmp_path)
+    options = ("--output", folder / "rank_map.png", "--overwrite")
+    [[code, _, err]] = run_commands([("compare", folder, folder, *options)], tmp_path)
     assert (code, err) == (0, "")
     assert outside.read_text() == "mine"
     assert (folder / "rank_map.png").read_bytes().startswith(b"\x89PNG")

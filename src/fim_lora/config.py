@@ -1,4 +1,4 @@
-"""`FimConfig`: how ranks are decided from the eFIM; and the names of PEFT's initializations."""
+"""`FimConfig`: how ranks are decided from the eFIM; names of PEFT's initializations and of the file of ranks."""
 
 import math
 import re
@@ -10,6 +10,9 @@ Score = Literal["norm", "mean"]
 
 BUDGETS: tuple[str, ...] = get_args(Budget)
 SCORES: tuple[str, ...] = get_args(Score)
+
+ALLOCATION_FILE = "fim_allocation.json"
+"""Name of the file in an output folder that holds the ranks."""
 
 # The proposal's r_max=32 for r=8.
 DEFAULT_R_MAX_FACTOR = 4

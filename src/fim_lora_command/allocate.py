@@ -1,5 +1,6 @@
 """The options of `fim-lora allocate`."""
 
+from pathlib import Path
 from typing import Annotated, cast
 
 import typer
@@ -17,9 +18,10 @@ from .options import (
     Column,
     Device,
     Dtype,
+    Json,
     MaxLength,
-    Output,
     Overwrite,
+    Rank,
     Seed,
     Serving,
     Split,
@@ -30,14 +32,34 @@ from .options import (
     target_modules_of,
 )
 
+# What decides ranks by scores that were measured before. The other options are those of a calibration.
+_OPTIONS_WITH_SCORES = {
+    *("scores", "output", "overwrite", "as_json"),
+    *("r", "r_min", "r_max", "budget", "score", "score_exponent", "lora_alpha", "serving"),
+}
+
 
 def allocate_command(
+    context: typer.Context,
     model: Annotated[
-        str, typer.Option(help="Hub id, folder or GGUF file of the model.", metavar="MODEL", callback=expanded)
-    ],
-    data: Annotated[str, typer.Option(help=DATA_HELP, metavar="DATA", callback=expanded)],
-    output: Output,
-    r: Annotated[int, typer.Option("-r", help="Rank that uniform LoRA would use.", metavar="N", min=1)] = 8,
+        str | None, typer.Option(help="Hub id, folder or GGUF file of the model.", metavar="MODEL", callback=expanded)
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP, metavar="DATA", callback=expanded)] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of --model and --data: an earlier result, to allocate by its scores.",
+            metavar="DIR",
+            callback=expanded,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the result.", metavar="DIR", callback=expanded)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the targets, the size and the expected time; write nothing.")
+    ] = False,
+    r: Rank = 8,
     r_min: Annotated[
         int, typer.Option(help="Smallest rank of a layer; with 0, a layer may get no adapter.", metavar="N", min=0)
     ] = 1,
@@ -83,6 +105,7 @@ def allocate_command(
     trust_remote_code: TrustRemoteCode = False,
     serving: Serving = False,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Measure how sensitive every layer is, and write a LoRA config with a rank for each."""
     require_choice("--budget", budget, BUDGETS)
@@ -90,20 +113,26 @@ def allocate_command(
     require_choice("--task", task, TASKS)
     require_choice("--dtype", dtype, DTYPES)
     _require_bounds(r, r_min, r_max)
+    _require_options(context, model, data, scores, output, dry_run)
     columns, targets = column_names(column or []), target_modules_of(target_modules)
 
     from fim_lora.cli.allocate import AllocateOptions, allocate
     from fim_lora.cli.device import device_of
     from fim_lora.cli.new_config import new_lora_config
+    from fim_lora.cli.reallocate import reallocate
 
     bounds = {"r_min": r_min, "r_max": r_max, "budget": budget}
     measured = {"fim_calibration_batches": batches, "score": score, "score_exponent": score_exponent, "exact": exact}
+    config = new_lora_config(r, lora_alpha, targets, cast(Task, task), **bounds, **measured)
+    if scores is not None:
+        reallocate(scores, config, cast(Path, output), overwrite, serving, as_json)
+        return
     options = AllocateOptions(
-        model=model,
-        data=data,
+        model=cast(str, model),
+        data=cast(str, data),
         output=output,
         overwrite=overwrite,
-        lora_config=new_lora_config(r, lora_alpha, targets, cast(Task, task), **bounds, **measured),
+        lora_config=config,
         batch_size=batch_size,
         max_length=max_length,
         task=cast(Task, task),
@@ -115,8 +144,33 @@ def allocate_command(
         seed=seed,
         trust_remote_code=trust_remote_code,
         serving=serving,
+        as_json=as_json,
+        dry_run=dry_run,
     )
     allocate(options)
+
+
+def _require_options(
+    context: typer.Context,
+    model: str | None,
+    data: str | None,
+    scores: Path | None,
+    output: Path | None,
+    dry_run: bool,
+) -> None:
+    """Refuse missing options, and those that have no effect on scores that were measured before."""
+    if output is None and not dry_run:
+        context.fail("Missing option '--output'.")
+    if scores is None:
+        for option, value in (("--model", model), ("--data", data)):
+            if value is None:
+                context.fail(f"Missing option '{option}'. Give --model and --data, or an earlier result as --scores.")
+        return
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        is_given = source is not None and source.name == "COMMANDLINE"
+        if is_given and parameter.name not in _OPTIONS_WITH_SCORES:
+            context.fail(f"{parameter.opts[-1]} has no effect with --scores, which does not calibrate: leave it out.")
 
 
 def _require_bounds(r: int, r_min: int, r_max: int | None) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .allocate import allocate_command
+from .compare import compare_command
 from .compress import compress_command
 from .errors import EXIT_INTERRUPTED, report_error, warnings_as_lines
 from .export import export_command
@@ -20,13 +21,13 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "allocate": allocate_command,
     "compress": compress_command,
     "show": show_command,
+    "compare": compare_command,
     "export": export_command,
 }
 
 app = typer.Typer(
     name="fim-lora",
     help="LoRA ranks from the empirical Fisher information, as an ordinary PEFT adapter.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -18,6 +18,7 @@ from .options import (
     Column,
     Device,
     Dtype,
+    Json,
     MaxLength,
     Output,
     Overwrite,
@@ -48,7 +49,7 @@ def compress_command(
         float | None, typer.Option(help="Size as a share of the adapter's parameters.", metavar="X", min=0, max=1)
     ] = None,
     r: Annotated[
-        int | None, typer.Option("-r", "--r", help="Size as the parameters of uniform rank N.", metavar="N", min=1)
+        int | None, typer.Option("-r", "--rank", help="Size as the parameters of uniform rank N.", metavar="N", min=1)
     ] = None,
     max_loss_increase: Annotated[
         float | None,
@@ -97,6 +98,7 @@ def compress_command(
     seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Shrink a trained adapter with a small increase of the loss; the result is an ordinary adapter."""
     require_choice("--dtype", dtype, DTYPES)
@@ -104,6 +106,10 @@ def compress_command(
         require_choice("--task", task, TASKS)
     if (data is None) != without_data:
         raise wrong_usage("--data", "give either --data or --without-data.")
+    if without_data and batches is not None:
+        raise wrong_usage("--batches", "it has no effect with --without-data.")
+    if eval_data is None and eval_batches is not None:
+        raise wrong_usage("--eval-batches", "it has no effect without --eval-data.")
     if max_loss_increase is not None and eval_data is None:
         raise wrong_usage("--max-loss-increase", "the increase is measured: give --eval-data, too.")
     _require_effect(data, batches, eval_data, eval_batches)
@@ -136,6 +142,7 @@ def compress_command(
         device=device_of(device),
         seed=seed,
         trust_remote_code=trust_remote_code,
+        as_json=as_json,
     )
     compress(options)
 
@@ -152,7 +159,7 @@ def _size(keep: float | None, r: int | None, max_loss_increase: float | None) ->
     sizes: dict[str, Any] = {"keep": keep, "r": r, "max_loss_increase": max_loss_increase}
     given = {name: value for name, value in sizes.items() if value is not None}
     if len(given) != 1:
-        raise wrong_usage("--keep", "give exactly one of --keep, --r and --max-loss-increase.")
+        raise wrong_usage("--keep", "give exactly one of --keep, --rank and --max-loss-increase.")
     [(name, value)] = given.items()
     if not math.isfinite(value) or (name == "keep" and value == 0):
         raise wrong_usage(f"--{name.replace('_', '-')}", f"{value} is not a size.")

@@ -26,6 +26,8 @@ def expanded(path: Any) -> Any:
 
 
 Output = Annotated[Path, typer.Option(help="Folder for the result.", metavar="DIR", callback=expanded)]
+Rank = Annotated[int, typer.Option("-r", "--rank", help="Rank that uniform LoRA would use.", metavar="N", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, instead of tables.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files of an earlier run in the folder.")]
 BatchSize = Annotated[int, typer.Option(help="Examples per batch.", metavar="N", min=1)]
 MaxLength = Annotated[int, typer.Option(help="Maximum number of tokens per example.", metavar="N", min=2)]

@@ -9,6 +9,7 @@ from matplotlib.image import imread
 from peft import LoraConfig
 
 from fim_lora import FimConfig, RankAllocation
+from fim_lora.runtime import progress
 from fim_lora_command import main
 from helpers.cli_inputs import OUR_FILES, allocate, files, texts, write_jsonl
 
@@ -170,3 +171,13 @@ def test_a_warning_of_the_library_is_one_line(llama, tmp_path, capsys):
 def test_bfloat16(llama, data, tmp_path):
     assert allocate(llama, data, tmp_path / "out", "--dtype", "bfloat16") == 0
     assert json.loads((tmp_path / "out" / "fim_allocation.json").read_text())["provenance"]["dtype"] == "bfloat16"
+
+
+def test_without_a_terminal_progress_is_lines(llama, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_PER_LINE", 0.001)
+    assert allocate(llama, data, tmp_path / "out") == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert any(line.startswith("eFIM: 100%") and " 2/2 " in line for line in lines)
+    assert {line.partition(":")[0] for line in lines} <= {"loading", "Tokenizing", "eFIM"}
+    assert "\r" not in captured.err

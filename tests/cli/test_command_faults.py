@@ -31,7 +31,7 @@ PHASES = {
     "in the backward pass": ("fim_lora.fisher.layers.linear", "squared_norms"),
     "allocating": ("fim_lora.ranks.allocation", "allocate_ranks"),
     "writing": ("fim_lora.ranks.allocation", "write_json"),
-    "drawing": ("fim_lora.cli.allocate", "draw_rank_map"),
+    "drawing": ("fim_lora.cli.output", "draw_rank_map"),
     "printing": ("fim_lora.cli.allocate", "print_summary"),
 }
 COMPRESS_PHASES = {

@@ -103,7 +103,7 @@ def test_compress_writes_five_files_and_nothing_else(adapter, data, tmp_path, ca
     assert imread(tmp_path / "out" / "size_curve.png").size > 0
 
 
-@pytest.mark.parametrize("options", [["--keep", 0.4], ["--r", 1, "--serving"], ["--keep", 1]])
+@pytest.mark.parametrize("options", [["--keep", 0.4], ["--rank", 1, "--serving"], ["--keep", 1]])
 def test_stock_peft_measures_the_same_losses(llama, adapter, data, held_out, tmp_path, options):
     assert compress(adapter, data, tmp_path / "out", *options, "--eval-data", held_out) == 0
     result = result_of(tmp_path / "out")

@@ -33,12 +33,12 @@ def with_weights(adapter, folder, change):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data", "x"], "'--keep': give exactly one of --keep, --r and --max-loss-increase"),
-        (["--data", "x", "--keep", 0.5, "--r", 4], "'--keep': give exactly one of"),
+        (["--data", "x"], "'--keep': give exactly one of --keep, --rank and --max-loss-increase"),
+        (["--data", "x", "--keep", 0.5, "--rank", 4], "'--keep': give exactly one of"),
         (["--data", "x", "--keep", 0], "'--keep': 0.0 is not a size"),
         (["--data", "x", "--keep", "nan"], "'--keep': Input should be less than or equal to 1"),
         (["--data", "x", "--keep", 1.5], "'--keep': Input should be less than or equal to 1"),
-        (["--data", "x", "-r", 0], "'-r' / '--r': Input should be greater"),
+        (["--data", "x", "-r", 0], "'-r' / '--rank': Input should be greater"),
         (["--data", "x", "--max-loss-increase", 0.1], "'--max-loss-increase': the increase is measured"),
         (["--data", "x", "--max-loss-increase", "inf", "--eval-data", "x"], "inf is not a size"),
         (["--keep", 0.5], "'--data': give either --data or --without-data"),

@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 import fim_lora
-import fim_lora.cli.allocate
+import fim_lora.cli.output
 from helpers.cli_inputs import OUR_FILES, allocate, error_line, files
 
 
@@ -72,7 +72,7 @@ def _fail(*args, **kwargs):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
-    ("place", "name"), [(LlamaForCausalLM, "forward"), (fim_lora.cli.allocate, "draw_rank_map")], ids=["run", "write"]
+    ("place", "name"), [(LlamaForCausalLM, "forward"), (fim_lora.cli.output, "draw_rank_map")], ids=["run", "write"]
 )
 def test_an_interruption_leaves_no_trace(llama, data, tmp_path, capsys, monkeypatch, place, name, overwrite):
     out = tmp_path / "out"
@@ -89,7 +89,7 @@ def test_an_interruption_leaves_no_trace(llama, data, tmp_path, capsys, monkeypa
 
 
 def test_a_full_disk_leaves_no_trace(llama, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fim_lora.cli.allocate, "draw_rank_map", _fail)
+    monkeypatch.setattr(fim_lora.cli.output, "draw_rank_map", _fail)
     assert allocate(llama, data, tmp_path / "out") == 1
     assert error_line(capsys) == "somewhere: No space left on device"
     assert files(tmp_path) == []

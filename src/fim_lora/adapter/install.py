@@ -26,6 +26,7 @@ from ..runtime.user_warnings import warn_user
 from .checks import require_resizable_form
 from .layer_state import layer_states
 from .lora_layers import adapter_layers
+from .missing_weights import wrap_loading
 from .pending_config import awaits_ranks, with_final_init, with_init
 from .resize import resize_layer
 from .targets import convert_targets
@@ -53,6 +54,7 @@ def install(public: Mapping[str, Any]) -> None:
     LoraModel.unload = _wrap_unload(LoraModel.unload)
     LoraModel.merge_and_unload = _wrap_unload(LoraModel.merge_and_unload)
     LoraLayer.delete_adapter = _wrap_delete_adapter(LoraLayer.delete_adapter)
+    wrap_loading()
 
     module = ModuleType(_MODULE, "FIM ranks for LoRA; provided by fim_lora.")
     module.__dict__.update(public)

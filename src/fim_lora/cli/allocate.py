@@ -5,21 +5,21 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
 from fim_lora_command.choices import Task
 
 from ..rank_allocation import RankAllocation
-from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
-from ..report.rank_map import draw_rank_map
-from ..runtime.atomic import staged_files
 from ..scoring import get_fim_scores
 from .classes import with_classes_of_model
 from .data import CalibrationData, load_data
+from .dry_run import dry_run
+from .json_output import print_json, result_document
 from .libraries import quiet_libraries
 from .models import (
     ModelSource,
@@ -29,9 +29,10 @@ from .models import (
     load_tokenizer,
     require_fitting_tokens,
 )
-from .output import OUTPUT_FILES, RANK_MAP, require_writable
-from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact
-from .summary import print_summary
+from .output import OUTPUT_FILES, require_writable, write_allocation
+from .provenance import now
+from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, timed_loading, truncation_fact
+from .summary import print_next_step, print_summary
 from .tokenization import Examples, tokenize
 
 
@@ -39,13 +40,14 @@ from .tokenization import Examples, tokenize
 class AllocateOptions:
     """The options of `fim-lora allocate`, checked as far as possible without reading the model or the data.
 
-    `column_names` maps roles to the columns that were assigned. `dtype` is `"auto"` or the name of a torch dtype.
-    `seed` determines which examples are drawn, and the initial values of a new classification head.
+    With `dry_run`, only the first batch is run, and `output` may be `None`. `column_names` maps roles to the columns
+    that were assigned. `dtype` is `"auto"` or the name of a torch dtype. `seed` determines which examples are drawn,
+    and the initial values of a new classification head.
     """
 
     model: str
     data: str
-    output: Path
+    output: Path | None
     overwrite: bool
     lora_config: LoraConfig
     batch_size: int
@@ -59,39 +61,74 @@ class AllocateOptions:
     seed: int
     trust_remote_code: bool
     serving: bool
+    as_json: bool
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the calibration needs; `config` has the targets and the name of the model."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    data: CalibrationData
+    examples: Examples
+    config: LoraConfig
 
 
 def allocate(options: AllocateOptions) -> None:
-    """Calibrate, allocate, write the output folder and print the summary."""
-    show_progress_bars = sys.stderr.isatty()
-    require_writable(options.output, options.overwrite, foreign=COMPRESSION_FILE)
+    """Calibrate, allocate, write the output folder and print the summary; or tell what this would take."""
+    show_library_bars = sys.stderr.isatty()
+    if options.output is not None:
+        require_writable(options.output, options.overwrite, foreign=COMPRESSION_FILE)
     source = find_model(options.model, options.trust_remote_code)
-    config = copy.copy(options.lora_config)
     seconds: dict[str, float] = {}
-    with quiet_libraries(show_progress_bars):
-        with timed(seconds, "loading"):
-            data = _load_data(options, source)
-            tokenizer = load_tokenizer(source)
-        with timed(seconds, "tokenizing"):
-            count = config.fim_config.fim_calibration_batches * options.batch_size
-            examples = tokenize(data, tokenizer, count, options.max_length, options.seed, show_progress_bars)
-        with timed(seconds, "loading"):
-            # A classification head starts at random values, on which the scores depend.
-            torch.manual_seed(options.seed)
-            labels, pad_token_id, device = data.label_names, tokenizer.pad_token_id, options.device
-            model = load_model(source, options.task, options.dtype, device, labels, pad_token_id, show_progress_bars)
-        require_fitting_tokens(model, examples.token_ids)
-        # For a GGUF file this is its folder. PEFT warns if the config names another model.
-        config.base_model_name_or_path = model.name_or_path
-        if config.target_modules is None:
-            config.target_modules = default_target_modules(model)
+    with quiet_libraries(show_library_bars):
+        inputs = _read_inputs(options, source, seconds, show_library_bars)
+        batches = inputs.examples.batches(inputs.tokenizer, options.batch_size)
+        if options.dry_run:
+            dry_run(inputs.model, batches, inputs.config, _facts(options, inputs), seconds, options.as_json)
+            return
         with timed(seconds, "calibrating"):
-            batches = examples.batches(tokenizer, options.batch_size)
-            scores = get_fim_scores(model, batches, config, show_progress_bar=show_progress_bars)
-    allocation = RankAllocation.from_scores(scores, config)
-    new_config = allocation.to_lora_config(config, serving=options.serving)
-    _write(options, allocation, new_config, _provenance(options, source, model, data))
-    print_summary(allocation, _facts(options, model, data, examples, seconds))
+            scores = get_fim_scores(inputs.model, batches, inputs.config)
+    output = cast(Path, options.output)
+    allocation = RankAllocation.from_scores(scores, inputs.config)
+    new_config = allocation.to_lora_config(inputs.config, serving=options.serving)
+    provenance = _provenance(options, source, inputs)
+    write_allocation(output, allocation, new_config, provenance)
+    if options.as_json:
+        print_json(result_document(allocation, output, provenance, seconds=seconds))
+        return
+    facts = _facts(options, inputs) | {
+        "Time": ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items()),
+        "Peak memory": peak_memory(options.device),
+        "Written": f"{', '.join(OUTPUT_FILES)} in {output}",
+    }
+    print_summary(allocation, facts)
+    print_next_step(allocation, output)
+
+
+def _read_inputs(
+    options: AllocateOptions, source: ModelSource, seconds: dict[str, float], show_library_bars: bool
+) -> _Inputs:
+    config = copy.copy(options.lora_config)
+    with timed_loading(seconds):
+        data = _load_data(options, source)
+        tokenizer = load_tokenizer(source)
+    with timed(seconds, "tokenizing"):
+        count = config.fim_config.fim_calibration_batches * options.batch_size
+        examples = tokenize(data, tokenizer, count, options.max_length, options.seed)
+    with timed_loading(seconds):
+        # A classification head starts at random values, on which the scores depend.
+        torch.manual_seed(options.seed)
+        labels, pad_token_id, device = data.label_names, tokenizer.pad_token_id, options.device
+        model = load_model(source, options.task, options.dtype, device, labels, pad_token_id, show_library_bars)
+    require_fitting_tokens(model, examples.token_ids)
+    # For a GGUF file this is its folder. PEFT warns if the config names another model.
+    config.base_model_name_or_path = model.name_or_path
+    if config.target_modules is None:
+        config.target_modules = default_target_modules(model)
+    return _Inputs(model, tokenizer, data, examples, config)
 
 
 def _load_data(options: AllocateOptions, source: ModelSource) -> CalibrationData:
@@ -101,37 +138,28 @@ def _load_data(options: AllocateOptions, source: ModelSource) -> CalibrationData
     return with_classes_of_model(data, source) if options.task == "seq-cls" else data
 
 
-def _write(
-    options: AllocateOptions, allocation: RankAllocation, config: LoraConfig, provenance: Mapping[str, Any]
-) -> None:
-    with staged_files(options.output) as folder:
-        config.save_pretrained(str(folder))
-        allocation.save(folder / ALLOCATION_FILE, **provenance)
-        draw_rank_map(allocation, folder / RANK_MAP)
-
-
-def _provenance(options: AllocateOptions, source: ModelSource, model: Any, data: CalibrationData) -> dict[str, Any]:
+def _provenance(options: AllocateOptions, source: ModelSource, inputs: _Inputs) -> dict[str, Any]:
+    targets = inputs.config.target_modules
     return {
+        "date": now(),
         "versions": recorded_versions(),
-        "model": source.identity(model),
-        "data": data.identity(),
+        "model": source.identity(inputs.model),
+        "data": inputs.data.identity(),
         "task": options.task,
         "seed": options.seed,
         "max_length": options.max_length,
         "batch_size": options.batch_size,
-        "dtype": dtype_name(model),
+        "dtype": dtype_name(inputs.model),
         "device": str(options.device),
+        # The targets in the config are others if layers lost their adapter.
+        "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
     }
 
 
-def _facts(
-    options: AllocateOptions, model: Any, data: CalibrationData, examples: Examples, seconds: Mapping[str, float]
-) -> dict[str, str]:
+def _facts(options: AllocateOptions, inputs: _Inputs) -> dict[str, str]:
+    model = inputs.model
     return {
         "Model": f"{options.model} ({type(model).__name__}, {dtype_name(model)}, {options.device})",
-        "Data": data_fact(data),
-        "Truncated": truncation_fact(examples, options.max_length),
-        "Time": ", ".join(f"{stage} {duration:.1f} s" for stage, duration in seconds.items()),
-        "Peak memory": peak_memory(options.device),
-        "Written": f"{', '.join(OUTPUT_FILES)} in {options.output}",
+        "Data": data_fact(inputs.data),
+        "Truncated": truncation_fact(inputs.examples, options.max_length),
     }

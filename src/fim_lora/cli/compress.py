@@ -18,11 +18,13 @@ from ..runtime.atomic import staged_files
 from ..spectrum import LoraSpectrum, get_lora_spectrum
 from .adapter_source import AdapterSource, find_adapter
 from .compress_inputs import CompressOptions, Inputs, load_adapted_model, read_inputs
+from .json_output import print_json, result_document
 from .libraries import quiet_libraries
 from .models import named
 from .output import ADAPTER_WEIGHTS, COMPRESSED_FILES, RANK_MAP, SIZE_CURVE, require_writable
-from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact
-from .summary import print_summary
+from .provenance import now
+from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, timed_loading, truncation_fact
+from .summary import print_next_step, print_summary
 from .trained_adapter import save_adapter
 
 # Besides the chosen size, the loss is measured at this many sizes for the picture.
@@ -60,42 +62,40 @@ class _LossMeter:
 
 def compress(options: CompressOptions) -> None:
     """Calibrate, compress, write the output folder and print the summary."""
-    show_progress_bar = sys.stderr.isatty()
+    show_library_bars = sys.stderr.isatty()
     require_writable(options.output, options.overwrite, foreign=ALLOCATION_FILE)
     source = find_adapter(options.adapter)
     if options.output.resolve() == source.folder.resolve():
         raise CommandError(f"{options.output} is the adapter itself, which would be lost: give another --output.")
     seconds: dict[str, float] = {}
     bytes_before = source.weights_file.stat().st_size
-    with quiet_libraries(show_progress_bar):
-        inputs = read_inputs(options, source, seconds, show_progress_bar)
-        with timed(seconds, "loading"):
-            model = load_adapted_model(options, source, inputs, show_progress_bar)
-        outcome = _compressed(options, model, inputs, seconds, show_progress_bar)
+    with quiet_libraries(show_library_bars):
+        inputs = read_inputs(options, source, seconds)
+        with timed_loading(seconds):
+            model = load_adapted_model(options, source, inputs, show_library_bars)
+        outcome = _compressed(options, model, inputs, seconds)
         provenance = _provenance(options, source, inputs, model)
         bytes_after = _write(options, source, model, outcome, provenance)
     _warn_of_order(inputs, outcome)
+    if options.as_json:
+        print_json(result_document(outcome.result, options.output, provenance, seconds=seconds))
+        return
     facts = _facts(options, source, inputs, model, seconds)
     print_summary(outcome.result, facts, [["adapter file", _size(bytes_before), _size(bytes_after)]])
+    print_next_step(outcome.result, options.output)
 
 
-def _compressed(
-    options: CompressOptions, model: Any, inputs: Inputs, seconds: dict[str, float], show_progress_bar: bool
-) -> _Outcome:
+def _compressed(options: CompressOptions, model: Any, inputs: Inputs, seconds: dict[str, float]) -> _Outcome:
     batches = None if inputs.calibration is None else inputs.calibration.batches
     meter = _LossMeter()
     with timed(seconds, "calibrating"):
-        spectrum = get_lora_spectrum(
-            model, batches, num_batches=options.batches, forward_fn=meter, show_progress_bar=show_progress_bar
-        )
+        spectrum = get_lora_spectrum(model, batches, num_batches=options.batches, forward_fn=meter)
     eval_batches = None if inputs.evaluation is None else inputs.evaluation.batches
     losses: list[tuple[int, float]] = []
     with timed(seconds, "compressing" if eval_batches is None else "measuring and compressing"):
         if eval_batches is not None:
             sizes = _sizes_to_measure(options, spectrum)
-            losses = measure_sizes(
-                model, spectrum, sizes, eval_batches, r_max=options.r_max, show_progress_bar=show_progress_bar
-            )
+            losses = measure_sizes(model, spectrum, sizes, eval_batches, r_max=options.r_max)
         result = compress_lora(
             model,
             spectrum,
@@ -103,7 +103,6 @@ def _compressed(
             eval_dataloader=eval_batches,
             r_max=options.r_max,
             serving=options.serving,
-            show_progress_bar=show_progress_bar,
         )
     before = result.loss_before or 0.0
     return _Outcome(result, spectrum, [(parameters, loss - before) for parameters, loss in losses], meter.mean)
@@ -145,6 +144,7 @@ def _warn_of_order(inputs: Inputs, outcome: _Outcome) -> None:
 def _provenance(options: CompressOptions, source: AdapterSource, inputs: Inputs, model: Any) -> dict[str, Any]:
     calibration, evaluation = inputs.calibration, inputs.evaluation
     return {
+        "date": now(),
         "versions": recorded_versions(),
         "adapter": source.identity(),
         "model": inputs.base.identity(model.get_base_model()),

@@ -26,7 +26,7 @@ from .models import (
     read_model,
     require_fitting_tokens,
 )
-from .run_facts import timed
+from .run_facts import timed, timed_loading
 from .tokenization import Examples, tokenize
 from .trained_adapter import load_adapter
 
@@ -61,6 +61,7 @@ class CompressOptions:
     device: torch.device
     seed: int
     trust_remote_code: bool
+    as_json: bool
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,10 @@ class Inputs:
     evaluation: Tokenized | None
 
 
-def read_inputs(
-    options: CompressOptions, source: AdapterSource, seconds: dict[str, float], show_progress_bar: bool
-) -> Inputs:
+def read_inputs(options: CompressOptions, source: AdapterSource, seconds: dict[str, float]) -> Inputs:
     """Read the data and the tokenizer."""
     task = task_of(source, options.task)
-    with timed(seconds, "loading"):
+    with timed_loading(seconds):
         base = _find_base(options, source)
         base.announce_code()
         data, evaluation = _load_data(options, task)
@@ -102,7 +101,7 @@ def read_inputs(
         if part is None or tokenizer is None:
             return None
         count = sys.maxsize if num_batches is None else num_batches * options.batch_size
-        examples = tokenize(part, tokenizer, count, options.max_length, options.seed, show_progress_bar)
+        examples = tokenize(part, tokenizer, count, options.max_length, options.seed)
         return Tokenized(part, examples, examples.batches(tokenizer, options.batch_size))
 
     with timed(seconds, "tokenizing"):
@@ -113,11 +112,11 @@ def read_inputs(
 
 
 def load_adapted_model(
-    options: CompressOptions, source: AdapterSource, inputs: Inputs, show_progress_bar: bool
+    options: CompressOptions, source: AdapterSource, inputs: Inputs, show_library_bars: bool
 ) -> Any:
     """Load the base model and the adapter on it."""
     with _hint_at_base(source, inputs.base):
-        model, missing = read_model(inputs.base, inputs.task, options.dtype, inputs.classes, show_progress_bar)
+        model, missing = read_model(inputs.base, inputs.task, options.dtype, inputs.classes, show_library_bars)
     model = prepared_model(model, inputs.pad_token_id, options.device)
     for part in (inputs.calibration, inputs.evaluation):
         if part is not None:

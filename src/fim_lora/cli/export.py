@@ -40,12 +40,12 @@ def _exported(folder: Path, file_format: str, serving: bool) -> str:
         if serving:
             _require_one_scaling(folder, result)
         return export(result, config, file_format)
-    config = _base_config(folder, result)
+    config = base_config(folder, result)
     return export(result, result.to_lora_config(config, serving=serving), file_format)
 
 
 def _config_of_compression(folder: Path, compression: LoraCompression) -> LoraConfig:
-    """The config of the compressed adapter; patterns are compared as text, as in `_base_config`."""
+    """The config of the compressed adapter; patterns are compared as text, as in `base_config`."""
     config = read_lora_config(folder, "Run fim-lora compress again.")
     if any(getattr(config, field) != getattr(compression, field) for field in (*_RANK_FIELDS, "use_rslora")):
         raise CommandError(
@@ -71,7 +71,7 @@ def _require_one_scaling(folder: Path, compression: LoraCompression) -> None:
             )
 
 
-def _base_config(folder: Path, allocation: RankAllocation) -> LoraConfig:
+def base_config(folder: Path, allocation: RankAllocation) -> LoraConfig:
     """The config that the ranks were allocated with, except for its patterns."""
     written = read_lora_config(folder, "Run fim-lora allocate again.")
     if written.use_rslora != allocation.use_rslora:

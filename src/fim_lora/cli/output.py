@@ -1,7 +1,11 @@
 """Files of the output folder: where they may be written, and how a result is read again."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
 
 from fim_lora_command.errors import CommandError
 
@@ -9,6 +13,8 @@ from ..compression import LoraCompression
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
+from ..report.rank_map import draw_rank_map
+from ..runtime.atomic import staged_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -42,6 +48,16 @@ def read_result(folder: Path) -> Result:
             f"{path}: no such file. Give the folder that fim-lora allocate or fim-lora compress wrote as its --output."
         )
     return RankAllocation.load(path)
+
+
+def write_allocation(
+    folder: Path, allocation: RankAllocation, config: LoraConfig, provenance: Mapping[str, Any]
+) -> None:
+    """Write the files of an allocation into its output folder, all or none."""
+    with staged_files(folder) as stage:
+        config.save_pretrained(str(stage))
+        allocation.save(stage / ALLOCATION_FILE, **provenance)
+        draw_rank_map(allocation, stage / RANK_MAP)
 
 
 def require_writable(folder: Path, overwrite: bool, foreign: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..runtime.progress import waiting_lines
 from .data import CalibrationData
 from .tokenization import Examples
 
@@ -36,6 +37,13 @@ def data_fact(data: CalibrationData) -> str:
 def truncation_fact(examples: Examples, max_length: int) -> str:
     """How many examples were cut, for people to read."""
     return f"{examples.num_truncated} of {len(examples.examples)} examples to {max_length} tokens"
+
+
+@contextmanager
+def timed_loading(seconds: dict[str, float]) -> Iterator[None]:
+    """As `timed`, for what shows no progress by itself: downloads, and weights that are read."""
+    with timed(seconds, "loading"), waiting_lines("loading"):
+        yield
 
 
 @contextmanager

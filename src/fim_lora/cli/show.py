@@ -1,17 +1,18 @@
-"""`fim-lora show`: the summary and the rank map of a folder that a command wrote."""
+"""`fim-lora show`: the summary of a folder that a command wrote. It changes nothing in the folder."""
 
 from pathlib import Path
 
-from ..report.rank_map import draw_rank_map
-from ..runtime.atomic import staged_files
-from .output import RANK_MAP, read_result, result_folder
+from .json_output import print_json, result_document
+from .output import read_result, result_folder
+from .provenance import provenance_facts, read_provenance
 from .summary import print_summary
 
 
-def show(folder: Path) -> None:
-    """Print the summary, and draw the rank map again."""
+def show(folder: Path, as_json: bool) -> None:
+    """Print where a result comes from and its ranks, or all that is in its file."""
     folder = result_folder(folder)
-    result = read_result(folder)
-    print_summary(result, {})
-    with staged_files(folder) as stage:
-        draw_rank_map(result, stage / RANK_MAP)
+    result, provenance = read_result(folder), read_provenance(folder)
+    if as_json:
+        print_json(result_document(result, folder, provenance))
+    else:
+        print_summary(result, provenance_facts(provenance))

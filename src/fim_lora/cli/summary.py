@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shlex import quote
 
 from rich import box
 from rich.console import Console
@@ -26,25 +28,53 @@ def print_summary(
 
     `rows` are added to the table of a compression, which has a column for before and one for after.
     """
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
+    console = new_console()
     own_facts = _facts(result) if isinstance(result, RankAllocation) else _facts_of_compression(result)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for heading, text in {**own_facts, **facts}.items():
-        table.add_row(heading, escape(text))
-    console.print(table)
+    print_facts(console, {**own_facts, **facts})
     console.print()
     if isinstance(result, LoraCompression):
         headings, parameters, *others = result.rows()
         console.print(_before_and_after([headings, parameters, *rows, *others]))
-    for grid in layer_grids(result.ranks):
-        console.print(f"[bold]{escape(f'Ranks in {grid.stack}' if grid.stack else 'Ranks of other layers')}[/bold]")
-        console.print(_rank_table(grid, result.ranks))
+    print_grids(console, layer_grids(result.ranks), "Ranks", result.ranks)
     if isinstance(result, RankAllocation):
         for heading, names in _extremes(result).items():
             console.print(f"[bold]{heading}[/bold]")
             console.print(_sensitivity_table(names, result))
+
+
+def print_facts(console: Console, facts: Mapping[str, str]) -> None:
+    """Print `facts`, heading to text, one below the other."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for heading, text in facts.items():
+        table.add_row(heading, escape(text))
+    console.print(table)
+
+
+def print_grids(console: Console, grids: Sequence[LayerGrid], heading: str, ranks: Mapping[str, object]) -> None:
+    """Print a table for each stack of layers; `ranks` maps layer names to what is printed for them."""
+    for grid in grids:
+        place = f"in {grid.stack}" if grid.stack else "of other layers"
+        console.print(f"[bold]{escape(f'{heading} {place}')}[/bold]")
+        console.print(_rank_table(grid, ranks))
+
+
+def new_console() -> Console:
+    """Standard output, for tables."""
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False)
+
+
+def print_next_step(result: RankAllocation | LoraCompression, folder: Path) -> None:
+    """Print what a new result can be used for, as one line."""
+    if isinstance(result, RankAllocation):
+        print(
+            f"Next: get_peft_model(model, LoraConfig.from_pretrained({str(folder)!r})) creates the adapter to train; "
+            "the folder holds ranks and no weights. For axolotl: "
+            f"fim-lora export {quote(str(folder))} --format axolotl"
+        )
+    else:
+        print(f"Next: PeftModel.from_pretrained(model, {str(folder)!r}) loads the adapter; it does not need fim-lora.")
 
 
 def _facts(allocation: RankAllocation) -> dict[str, str]:
@@ -66,7 +96,7 @@ def _facts_of_compression(compression: LoraCompression) -> dict[str, str]:
 
 
 def _before_and_after(rows: Sequence[Sequence[str]]) -> Table:
-    """The first row has the headings of the columns."""
+    """A table whose first row has the headings of the columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     headings, *others = rows
     for number, heading in enumerate(headings):
@@ -76,7 +106,7 @@ def _before_and_after(rows: Sequence[Sequence[str]]) -> Table:
     return table
 
 
-def _rank_table(grid: LayerGrid, ranks: Mapping[str, int]) -> Table:
+def _rank_table(grid: LayerGrid, ranks: Mapping[str, object]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("depth", justify="right", style="dim")
     for kind in grid.kinds:

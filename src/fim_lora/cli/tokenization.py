@@ -8,11 +8,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from fim_lora_command.errors import CommandError, warn
 
+from ..runtime.progress import progress_bar
 from .cells import messages_of, parsed, text_of
 from .data import CalibrationData, Row
 from .known_formats import in_usual_form
@@ -76,7 +76,7 @@ def tokenize(
     count: int,
     max_length: int,
     seed: int,
-    show_progress_bar: bool,
+    show_progress_bar: bool = True,
 ) -> Examples:
     """Draw `count` examples, or all if there are fewer, and tokenize them.
 
@@ -90,7 +90,7 @@ def tokenize(
     if data.is_stream:
         examples = _blocks(data, tokenizer, count, max_length, seed, show_progress_bar)
     else:
-        rows = tqdm(data.draw(count, seed), desc="Tokenizing", unit="example", disable=not show_progress_bar)
+        rows = progress_bar(data.draw(count, seed), description="Tokenizing", unit="example", show=show_progress_bar)
         examples = [_encode(tokenizer, row, max_length, data.labels) for row in rows]
     if not any(example.has_target for example in examples):
         raise CommandError(
@@ -189,7 +189,7 @@ def _blocks(
     beginning = first if first == [tokenizer.bos_token_id] else []
     size = max_length - len(beginning)
     ids: list[int] = []
-    for piece in tqdm(_pieces(text), desc="Tokenizing", unit="MB", disable=not show_progress_bar):
+    for piece in progress_bar(_pieces(text), description="Tokenizing", unit="MB", show=show_progress_bar):
         ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     starts = range(0, len(ids), size)
     drawn = Random(seed).sample(starts, min(count, len(starts)))

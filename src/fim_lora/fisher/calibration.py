@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..runtime.distributed import batches_in_lockstep, gather_from_all, num_processes
 from ..runtime.flags import frozen_eval_mode
+from ..runtime.progress import progress_bar
 from ..runtime.user_warnings import warn_user
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
 from .doubts import NAME_THE_LABELS
@@ -111,7 +111,7 @@ def calibrate(
         torch.compiler.set_stance("force_eager"),  # compiled code would not call the hooks
         torch.enable_grad(),
         recorder.recording(),
-        tqdm(total=num_batches, desc="eFIM", unit="batch", disable=not show_progress_bar) as progress,
+        progress_bar(total=num_batches, description="eFIM", unit="batch", show=show_progress_bar) as progress,
     ):
         turns = enumerate(batches_in_lockstep(dataloader, num_batches, with_stand_ins=in_lockstep))
         for turn, (batch, is_own, number) in turns:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..runtime.distributed import batches_in_lockstep, gather_from_all
 from ..runtime.flags import eval_mode
+from ..runtime.progress import progress_bar
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
 from .calibration import device_of, forward_fn_default, loss_in
 from .layers.batch_size import batch_size_of, loss_terms_of
@@ -49,8 +49,8 @@ def mean_loss(
             total, terms = total + loss * size, terms + size
 
     length = length_hint(dataloader) or None  # a dataloader over a stream has no length
-    progress_bar = tqdm(total=length, desc="loss", unit="batch", disable=not show_progress_bar)
-    with eval_mode(model), torch.no_grad(), progress_bar as progress:
+    bar = progress_bar(total=length, description="loss", unit="batch", show=show_progress_bar)
+    with eval_mode(model), torch.no_grad(), bar as progress:
         for batch, is_own, _ in batches_in_lockstep(dataloader, None, with_stand_ins=in_lockstep):
             if in_lockstep:
                 run(batch, is_own)

@@ -9,15 +9,13 @@ from typing import Any
 
 from typing_extensions import Self
 
+from ..config import ALLOCATION_FILE as ALLOCATION_FILE
 from ..config import FimConfig
 from ..fisher.scores import FimScores
 from ..runtime.atomic import write_json
 from ..runtime.checked_json import read_json, require_boolean, require_integer, require_number
 from .allocate import allocate_ranks, budget_of
 from .layer_grid import format_grid
-
-ALLOCATION_FILE = "fim_allocation.json"
-"""Name of the file in an output folder."""
 
 SCHEMA_VERSION = 1
 
