@@ -159,9 +159,12 @@ def test_without_matplotlib_everything_but_the_pictures_works():
 import sys
 sys.modules["matplotlib"] = None
 sys.path.insert(0, {tests!r})
+from peft import LoraConfig
+from fim_lora import FimScores, LayerScore, RankAllocation
 from helpers.spectra import compression, spectrum
 whole = spectrum()
-for value in (whole, compression(whole)):
+allocation = RankAllocation.from_scores(FimScores({{"head": LayerScore(1.0, None, 1, (8, 8))}}), LoraConfig())
+for value in (whole, compression(whole), allocation):
     assert str(value) and value._repr_html_()
     try:
         value.plot()
@@ -174,4 +177,4 @@ for value in (whole, compression(whole)):
     )
     assert result.returncode == 0, result.stderr
     expected = "Pictures need matplotlib, which is not installed: run pip install matplotlib."
-    assert result.stdout.splitlines() == [expected] * 2
+    assert result.stdout.splitlines() == [expected] * 3

@@ -16,6 +16,7 @@ from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
 from ..report.rank_map import draw_rank_map
+from ..report.title_names import title_names
 from ..runtime.atomic import staged_files
 from ..scoring import get_fim_scores
 from .classes import with_classes_of_model
@@ -30,6 +31,7 @@ from .models import (
     require_fitting_tokens,
 )
 from .output import OUTPUT_FILES, RANK_MAP, require_writable
+from .provenance import now
 from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact
 from .summary import print_summary
 from .tokenization import Examples, tokenize
@@ -107,11 +109,12 @@ def _write(
     with staged_files(options.output) as folder:
         config.save_pretrained(str(folder))
         allocation.save(folder / ALLOCATION_FILE, **provenance)
-        draw_rank_map(allocation, folder / RANK_MAP)
+        draw_rank_map(allocation, folder / RANK_MAP, **title_names(provenance))
 
 
 def _provenance(options: AllocateOptions, source: ModelSource, model: Any, data: CalibrationData) -> dict[str, Any]:
     return {
+        "date": now(),
         "versions": recorded_versions(),
         "model": source.identity(model),
         "data": data.identity(),

@@ -14,6 +14,7 @@ from ..ranks.compressed import COMPRESSION_FILE
 from ..ranks.sizes import SHOWN_SHARES
 from ..report.rank_map import draw_rank_map
 from ..report.size_curve import draw_size_curve
+from ..report.title_names import title_names
 from ..runtime.atomic import staged_files
 from ..spectrum import LoraSpectrum, get_lora_spectrum
 from .adapter_source import AdapterSource, find_adapter
@@ -21,6 +22,7 @@ from .compress_inputs import CompressOptions, Inputs, load_adapted_model, read_i
 from .libraries import quiet_libraries
 from .models import named
 from .output import ADAPTER_WEIGHTS, COMPRESSED_FILES, RANK_MAP, SIZE_CURVE, require_writable
+from .provenance import now
 from .run_facts import data_fact, dtype_name, peak_memory, recorded_versions, timed, truncation_fact
 from .summary import print_summary
 from .trained_adapter import save_adapter
@@ -127,7 +129,7 @@ def _write(
         outcome.result.save(folder / COMPRESSION_FILE, **provenance)
         curve = folder / SIZE_CURVE
         draw_size_curve(outcome.spectrum, curve, chosen=outcome.result, measured=outcome.measured)
-        draw_rank_map(outcome.result, folder / RANK_MAP)
+        draw_rank_map(outcome.result, folder / RANK_MAP, **title_names(provenance))
         return (folder / ADAPTER_WEIGHTS).stat().st_size
 
 
@@ -145,6 +147,7 @@ def _warn_of_order(inputs: Inputs, outcome: _Outcome) -> None:
 def _provenance(options: CompressOptions, source: AdapterSource, inputs: Inputs, model: Any) -> dict[str, Any]:
     calibration, evaluation = inputs.calibration, inputs.evaluation
     return {
+        "date": now(),
         "versions": recorded_versions(),
         "adapter": source.identity(),
         "model": inputs.base.identity(model.get_base_model()),
