@@ -13,6 +13,7 @@ from .allocate import allocate_command
 from .compress import compress_command
 from .errors import EXIT_INTERRUPTED, report_error, warnings_as_lines
 from .export import export_command
+from .report import report_command
 from .show import show_command
 
 # In the order of the help.
@@ -20,6 +21,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "allocate": allocate_command,
     "compress": compress_command,
     "show": show_command,
+    "report": report_command,
     "export": export_command,
 }
 

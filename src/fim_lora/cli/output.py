@@ -9,13 +9,15 @@ from ..compression import LoraCompression
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
+from ..ranks.size_curve import SIZE_CURVE_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RANK_MAP = "rank_map.png"
 SIZE_CURVE = "size_curve.png"
+REPORT = "report.html"
 OUTPUT_FILES = (ADAPTER_CONFIG, ALLOCATION_FILE, RANK_MAP)
-COMPRESSED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPRESSION_FILE, SIZE_CURVE, RANK_MAP)
+COMPRESSED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPRESSION_FILE, SIZE_CURVE_FILE, SIZE_CURVE, RANK_MAP)
 
 Result = RankAllocation | LoraCompression
 
