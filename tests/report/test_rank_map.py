@@ -189,6 +189,16 @@ def test_the_map_of_a_compression_has_its_ranks_and_says_what_was_kept():
     assert "1 uniform" in [label.get_text() for label in figure.axes[-1].get_yticklabels()]
 
 
+def test_no_rank_is_bold_that_looks_equal_to_the_uniform_one():
+    whole = compression(spectrum(), 0.5)
+    # One layer costs next to nothing, and the others have rank 2.
+    costs = dict.fromkeys(whole.ranks, 10_000) | {"model.layers.0.q_proj": 1}
+    ranks = dict.fromkeys(whole.ranks, 2) | {"model.layers.0.q_proj": 1}
+    figure = rank_map_figure(replace(whole, ranks=ranks, parameters_per_rank=costs))
+    assert "2 uniform" in [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+    assert {text.get_weight() for text in figure.axes[0].texts} == {"normal"}
+
+
 def test_unequal_ranks_before_a_compression_are_shown_too():
     whole = compression(spectrum(), 0.5)
     chosen = replace(whole, ranks_before={name: 4 + place for place, name in enumerate(whole.ranks)})

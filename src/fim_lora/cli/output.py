@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from fim_lora_command.errors import CommandError
+from fim_lora_command.errors import CommandError, warn
 
 from ..compression import LoraCompression
 from ..rank_allocation import RankAllocation
@@ -48,6 +48,10 @@ def require_writable(folder: Path, overwrite: bool, foreign: str) -> None:
     if (folder / foreign).exists():
         raise CommandError(f"{folder} has the result of another command, {foreign}: give another --output.")
     _require_writable_parent(folder)
+    if (folder / REPORT).exists():
+        warn(
+            f"{folder / REPORT} is the report of an earlier run: run fim-lora report {folder} --overwrite afterwards."
+        )
 
 
 def require_writable_file(file: Path, overwrite: bool) -> None:

@@ -57,7 +57,7 @@ def html_report(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     return page.render(
-        title="LoRA ranks" + (", compressed" if isinstance(result, Compression) else ""),
+        title="LoRA adapter, compressed" if isinstance(result, Compression) else "LoRA rank of every layer",
         model=model,
         facts=dict(facts) | result_facts(result),
         before_and_after=result.rows() if isinstance(result, Compression) else None,
@@ -75,7 +75,7 @@ def _sizes(result: Result, curve: SizeCurve, colors: Mapping[int, tuple[str, str
     chosen = [number for number, point in enumerate(curve.points) if point.ranks == result.ranks]
     if not isinstance(result, Compression) or not chosen:
         raise ValueError("The sizes are not those of this compression: none of them has its ranks.")
-    picture = size_curve_figure(curve, result)
+    picture = size_curve_figure(curve, result, with_title=False)
     rows = _size_rows(curve)
     top, bottom, *places = _places(picture, curve)
     return {

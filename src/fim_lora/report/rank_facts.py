@@ -10,10 +10,13 @@ Result = Allocation | Compression
 
 
 def uniform_rank(result: Result) -> float:
-    """The rank of uniform LoRA: `r` of an allocation, or the mean rank that has the parameters of a compression."""
+    """The rank of uniform LoRA: `r` of an allocation, or the one that has the parameters of a compression.
+
+    It has three digits, as it is shown, so that no rank is above a uniform one that looks equal.
+    """
     if isinstance(result, Allocation):
         return result.r
-    return result.num_parameters / sum(result.parameters_per_rank.values())
+    return float(f"{result.num_parameters / sum(result.parameters_per_rank.values()):.3g}")
 
 
 def largest_allowed_rank(result: Result) -> int | None:

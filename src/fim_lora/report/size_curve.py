@@ -40,10 +40,10 @@ def draw_size_curve(curve: SizeCurve, path: str | PathLike[str], chosen: Compres
     size_curve_figure(curve, chosen).write(path)
 
 
-def size_curve_figure(curve: SizeCurve, chosen: Compression | None = None) -> Picture:
+def size_curve_figure(curve: SizeCurve, chosen: Compression | None = None, *, with_title: bool = True) -> Picture:
     """The figure that `draw_size_curve` writes."""
     panels = _panels(curve, chosen)
-    title = _title(curve, chosen)
+    title = _title(curve, chosen) if with_title else []
     top = _LINE_HEIGHT * len(title) + _TITLE_GAP
     panel_height = _LEGEND_HEIGHT + _HEIGHT + _PANEL_GAP
     height = top + len(panels) * panel_height - _PANEL_GAP + _BOTTOM
@@ -54,10 +54,10 @@ def size_curve_figure(curve: SizeCurve, chosen: Compression | None = None) -> Pi
         axes = picture.axes_at(_LEFT, y, _WIDTH - _LEFT - _RIGHT, _HEIGHT)
         draw(axes)
         _label_sizes(axes, curve, is_last=number == len(panels) - 1)
-    picture.text(_LEFT / _WIDTH, 1, title[0], fontsize=_TITLE_SIZE, va="top")
-    for number, line in enumerate(title[1:], start=1):
-        y = 1 - (_LINE_HEIGHT * number + 0.06) / height
-        picture.text(_LEFT / _WIDTH, y, literal(line), fontsize=_FONT_SIZE, color="0.3", va="top")
+    for number, line in enumerate(title):
+        y = 1 - (_LINE_HEIGHT * number + (0.06 if number else 0)) / height
+        size, color = (_FONT_SIZE, "0.3") if number else (_TITLE_SIZE, "black")
+        picture.text(_LEFT / _WIDTH, y, literal(line), fontsize=size, color=color, va="top")
     return picture
 
 
