@@ -23,7 +23,7 @@ from .fisher.calibration import ForwardFn
 from .fisher.evaluation import mean_loss
 from .ranks.compressed import Compression
 from .ranks.truncation import Kept, by_layer, keep_within
-from .report.html import html_table
+from .report.html import html_ranks, html_table
 from .report.matplotlib_extra import needs_matplotlib
 from .runtime.distributed import run_on_all
 from .runtime.optimizer_state import require_optimizer
@@ -70,7 +70,7 @@ class LoraCompression(Compression):
         return picture
 
     def _repr_html_(self) -> str:
-        return html_table(self.rows(), self.criterion)
+        return f"{html_table(self.rows(), self.criterion)}\n{html_ranks(self.ranks)}"
 
 
 def compress_lora(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
 
 from peft import LoraConfig
 
@@ -12,13 +14,18 @@ from .adapter.patterns import base_values, write_pattern
 from .config import FimConfig
 from .fisher.scores import FimScores
 from .ranks.allocation import Allocation
+from .report.html import html_allocation
+from .report.matplotlib_extra import needs_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class RankAllocation(Allocation):
     """An `Allocation` with PEFT's `rank_pattern` and `alpha_pattern`, and its conversion to a `LoraConfig`.
 
-    Attributes and files are those of `Allocation`.
+    Attributes and files are those of `Allocation`. Notebooks show it as a table of ranks, and `plot` draws it.
     """
 
     @classmethod
@@ -108,3 +115,27 @@ class RankAllocation(Allocation):
             config.fim_config = None
         converted = self.scores.converted_targets
         return config_with_ranks(config, self.ranks, self.alphas, converted_targets=converted, serving=serving)
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """Draw the rank of every layer as a map. Notebooks show the result.
+
+        Args:
+            path: Where to write the picture, too. Its suffix, such as `.png` or `.svg`, determines the format.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            OSError: If the file cannot be written.
+            ValueError: If the table of layers is too large, or the suffix is not a known format.
+        """
+        with needs_matplotlib():
+            from .report.rank_map import rank_map_figure
+        picture = rank_map_figure(self)
+        if path is not None:
+            picture.write(path)
+        return picture
+
+    def _repr_html_(self) -> str:
+        return html_allocation(self)

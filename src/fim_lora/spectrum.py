@@ -23,6 +23,7 @@ from .fisher.calibration import ForwardFn, calibrate
 from .fisher.factors import PATH_SCALE, PathMoments
 from .fisher.layers.components import AdaptedLayer, adapted_layer
 from .ranks.compressed import Compression
+from .ranks.size_curve import SizeCurve
 from .ranks.sizes import SHOWN_SHARES, size_rows
 from .ranks.spectrum import LayerSpectrum, Spectrum
 from .ranks.truncation import Component, agreement, keep_within, order_of_components, priorities
@@ -78,7 +79,7 @@ class LoraSpectrum(Spectrum):
         """
         with needs_matplotlib():
             from .report.size_curve import size_curve_figure
-        picture = size_curve_figure(self, chosen=chosen, measured=measured)
+        picture = size_curve_figure(SizeCurve.of(self, chosen, measured), chosen)
         if path is not None:
             picture.write(path)
         return picture

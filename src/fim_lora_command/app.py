@@ -14,6 +14,7 @@ from .compare import compare_command
 from .compress import compress_command
 from .errors import EXIT_INTERRUPTED, report_error, warnings_as_lines
 from .export import export_command
+from .report import report_command
 from .show import show_command
 
 # In the order of the help.
@@ -22,6 +23,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "compress": compress_command,
     "show": show_command,
     "compare": compare_command,
+    "report": report_command,
     "export": export_command,
 }
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import datetime, timedelta
 
 import pytest
 from matplotlib.image import imread
@@ -52,6 +53,7 @@ def test_the_files_say_the_same_and_where_they_come_from(llama, data, tmp_path):
     provenance = content["provenance"]
     assert set(provenance["versions"]) >= {"fim-lora", "peft", "transformers", "torch", "python"}
     assert provenance["model"]["name"] == str(llama)
+    assert datetime.fromisoformat(provenance["date"]).utcoffset() == timedelta(0)
     assert provenance["data"]["columns"] == {"text": "text"}
     assert len(provenance["data"]["sha256"]) == 64
     for key, value in {"seed": 7, "max_length": 512, "batch_size": 2, "task": "causal-lm", "dtype": "float32"}.items():

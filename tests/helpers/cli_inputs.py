@@ -107,6 +107,7 @@ COMPRESSED_FILES = [
     "adapter_config.json",
     "adapter_model.safetensors",
     "fim_compression.json",
+    "fim_size_curve.json",
     "rank_map.png",
     "size_curve.png",
 ]

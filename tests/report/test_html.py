@@ -3,7 +3,12 @@
 import dataclasses
 from html.parser import HTMLParser
 
+from peft import LoraConfig
+
+from fim_lora import FimScores, LayerScore, RankAllocation
 from fim_lora.report.html import html_table
+from fim_lora.report.rank_colors import RankScale, hexadecimal
+from helpers.proportional import proportional
 from helpers.spectra import compression, spectrum
 
 
@@ -12,7 +17,7 @@ class Reader(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.tags, self.texts, self.rows = set(), [], []
+        self.tags, self.texts, self.rows, self.cells = set(), [], [], []
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
@@ -20,12 +25,14 @@ class Reader(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+            self.cells.append(dict(attributes))
+        self.is_caption = tag in ("caption", "p")
 
     def handle_data(self, data):
-        if self.rows and self.rows[-1] and data.strip():
-            self.rows[-1][-1] += data
-        elif data.strip():
+        if self.is_caption and data.strip():
             self.texts.append(data)
+        elif data.strip():
+            self.rows[-1][-1] += data
 
 
 def read(html):
@@ -47,7 +54,41 @@ def test_a_spectrum_and_a_compression_show_their_tables():
     shown = read(whole._repr_html_())
     assert [row[0] for row in shown.rows[1:]] == ["100.0%", "50.0%", "25.0%", "12.5%", "6.2%"]
     assert shown.texts == [str(whole).splitlines()[0]]
-    chosen = dataclasses.replace(compression(whole), criterion="<img src=x onerror=alert(1)>")
+    chosen = dataclasses.replace(compression(whole, 0.25), criterion="<img src=x onerror=alert(1)>")
     shown = read(chosen._repr_html_())
-    assert shown.rows == chosen.rows()
-    assert shown.texts == [chosen.criterion]
+    assert shown.rows[: len(chosen.rows())] == chosen.rows()
+    assert shown.texts[0] == chosen.criterion
+    assert rank_rows(shown.rows[len(chosen.rows()) :]) == chosen.ranks
+
+
+def rank_rows(rows):
+    """The ranks in a table of kinds of layer at depths, by the names that `helpers.spectra` gives."""
+    (_, *kinds), *others = rows
+    return {
+        f"model.layers.{depth}.{kind}": int(rank)
+        for depth, *cells in others
+        for kind, rank in zip(kinds, cells, strict=True)
+    }
+
+
+def test_an_allocation_shows_its_ranks_in_color():
+    names = ["model.layers.0.q_proj", "model.layers.0.v_proj", "model.layers.1.v_proj", "<b>head</b>"]
+    scores = FimScores({name: LayerScore(4.0**place, 0.1, 2, (8, 8)) for place, name in enumerate(names)}, 1)
+    config = LoraConfig(r=4, init_lora_weights="fim", fim_config=proportional(r_min=0))
+    allocation = RankAllocation.from_scores(scores, config)
+    shown = read(allocation._repr_html_())
+    first, second, third, head = map(str, allocation.ranks.values())
+    assert shown.rows == [
+        ["depth", "q_proj", "v_proj"],
+        ["0", first, second],
+        ["1", "", third],
+        ["layer", "rank"],
+        ["<b>head</b>", head],
+    ]
+    assert shown.texts == [str(allocation).splitlines()[0], "model.layers", "other layers"]
+    assert [cell["title"] for cell in shown.cells if "title" in cell] == names
+    assert [cell["data-layer"] for cell in shown.cells if "title" in cell] == ["0", "1", "2", "3"]
+    scale = RankScale.of(allocation.ranks.values())
+    for cell, rank in zip([cell for cell in shown.cells if "title" in cell], allocation.ranks.values(), strict=True):
+        assert f"background: {hexadecimal(scale.color(rank))};" in cell["style"]
+    assert "0" in (first, second, third, head)

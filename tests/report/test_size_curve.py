@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from fim_lora.ranks.size_curve import SizeCurve
 from fim_lora.report.size_curve import draw_size_curve, size_curve_figure
 from helpers.spectra import LAYERS, compression, spectrum
+
+
+def figure_of(whole, chosen=None, measured=()):
+    return size_curve_figure(SizeCurve.of(whole, chosen, measured), chosen)
 
 
 def line_of(axes, label):
@@ -20,7 +25,7 @@ def line_of(axes, label):
 
 def test_the_curve_is_the_prediction_for_every_size():
     whole = spectrum()
-    [axes] = size_curve_figure(whole).axes
+    [axes] = figure_of(whole).axes
     points = line_of(axes, "predicted, ± standard error")
     assert len(points) > 20
     [band] = axes.collections
@@ -44,7 +49,7 @@ def test_the_curve_is_the_prediction_for_every_size():
 def test_the_chosen_size_and_all_measured_losses_are_marked():
     whole = spectrum()
     chosen = compression(whole, 0.25, loss_before=2.0, loss_after=2.5)
-    figure = size_curve_figure(whole, chosen=chosen, measured=[(500, 1.25), (1200, 0.125)])
+    figure = figure_of(whole, chosen=chosen, measured=[(500, 1.25), (1200, 0.125)])
     [axes] = figure.axes
     assert set(line_of(axes, "chosen size")[:, 0]) == {chosen.num_parameters}
     expected = sorted([(500, 1.25), (1200, 0.125), (chosen.num_parameters, 0.5)])
@@ -60,7 +65,7 @@ def test_the_chosen_size_and_all_measured_losses_are_marked():
 
 def test_without_data_the_curve_is_the_dropped_norm_and_says_so():
     whole = spectrum(examples=0)
-    figure = size_curve_figure(whole)
+    figure = figure_of(whole)
     [axes] = figure.axes
     assert "without data" in figure.texts[0].get_text()
     assert axes.get_ylabel() == "dropped share of the squared norm of ΔW"
@@ -74,7 +79,7 @@ def test_without_data_the_curve_is_the_dropped_norm_and_says_so():
 def test_without_data_measured_losses_have_their_own_axes():
     whole = spectrum(examples=0)
     chosen = compression(whole, 0.5, loss_before=1.0, loss_after=1.5)
-    norm, loss = size_curve_figure(whole, chosen=chosen, measured=[(700, 2.0)]).axes
+    norm, loss = figure_of(whole, chosen=chosen, measured=[(700, 2.0)]).axes
     assert norm.get_ylabel() != loss.get_ylabel() == "increase of the loss"
     assert line_of(loss, "measured").tolist() == [[700, 2.0], [chosen.num_parameters, 0.5]]
     assert norm.get_xlim() == loss.get_xlim()
@@ -84,7 +89,7 @@ def test_without_data_measured_losses_have_their_own_axes():
 def test_no_rank_of_the_curve_is_above_the_cap():
     whole = spectrum()
     chosen = compression(whole, 0.25, r_max=2)
-    [axes] = size_curve_figure(whole, chosen=chosen).axes
+    [axes] = figure_of(whole, chosen=chosen).axes
     assert line_of(axes, "predicted")[:, 0].max() == whole.num_parameters / 2
 
 
@@ -118,23 +123,22 @@ def test_no_texts_overlap(name, with_chosen, tmp_path):
         share = 1 if name == "one component" else 0.5
         options["chosen"] = compression(whole, share, loss_before=1.23456, loss_after=1.3)
         options["measured"] = [(whole.num_parameters // part, 0.1 * part) for part in (2, 16)]
-    figure = size_curve_figure(whole, **options)
+    figure = figure_of(whole, **options)
     figure.canvas.draw()
     boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_texts(figure) if text.get_text()]
     assert len(boxes) > 6
     for number, (text, box) in enumerate(boxes):
         for other, other_box in boxes[number + 1 :]:
             assert not box.overlaps(other_box), (text, other)
-    draw_size_curve(whole, tmp_path / "curve.png", **options)
+    figure.write(tmp_path / "curve.png")
     height, width = imread(tmp_path / "curve.png").shape[:2]
     assert 800 <= width <= 1100
     assert 600 <= height <= 1400
 
 
-def test_a_compression_of_another_adapter_is_refused(tmp_path):
+def test_a_compression_of_another_adapter_is_refused():
     with pytest.raises(ValueError, match="has other layers or ranks than the spectrum"):
-        draw_size_curve(spectrum(), tmp_path / "curve.png", chosen=compression(spectrum(LAYERS[:3])))
-    assert list(tmp_path.iterdir()) == []
+        SizeCurve.of(spectrum(), compression(spectrum(LAYERS[:3])))
 
 
 def test_plot_returns_the_figure_and_writes_it(tmp_path):
@@ -150,7 +154,8 @@ def test_plot_returns_the_figure_and_writes_it(tmp_path):
 def test_pyplot_is_not_used(tmp_path):
     from matplotlib import _pylab_helpers
 
-    draw_size_curve(spectrum(), tmp_path / "curve.png")
+    draw_size_curve(SizeCurve.of(spectrum()), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").exists()
     assert not _pylab_helpers.Gcf.figs
 
 
@@ -159,9 +164,12 @@ def test_without_matplotlib_everything_but_the_pictures_works():
 import sys
 sys.modules["matplotlib"] = None
 sys.path.insert(0, {tests!r})
+from peft import LoraConfig
+from fim_lora import FimScores, LayerScore, RankAllocation
 from helpers.spectra import compression, spectrum
 whole = spectrum()
-for value in (whole, compression(whole)):
+allocation = RankAllocation.from_scores(FimScores({{"head": LayerScore(1.0, None, 1, (8, 8))}}), LoraConfig())
+for value in (whole, compression(whole), allocation):
     assert str(value) and value._repr_html_()
     try:
         value.plot()
@@ -174,4 +182,4 @@ for value in (whole, compression(whole)):
     )
     assert result.returncode == 0, result.stderr
     expected = "Pictures need matplotlib, which is not installed: run pip install matplotlib."
-    assert result.stdout.splitlines() == [expected] * 2
+    assert result.stdout.splitlines() == [expected] * 3

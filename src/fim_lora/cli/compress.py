@@ -11,9 +11,11 @@ from fim_lora_command.errors import CommandError, warn
 from ..compression import LoraCompression, compress_lora, measure_sizes
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
+from ..ranks.size_curve import SIZE_CURVE_FILE, SizeCurve
 from ..ranks.sizes import SHOWN_SHARES
 from ..report.rank_map import draw_rank_map
 from ..report.size_curve import draw_size_curve
+from ..report.title_names import title_names
 from ..runtime.atomic import staged_files
 from ..spectrum import LoraSpectrum, get_lora_spectrum
 from .adapter_source import AdapterSource, find_adapter
@@ -124,9 +126,10 @@ def _write(
     with staged_files(options.output) as folder:
         save_adapter(model, source, folder)
         outcome.result.save(folder / COMPRESSION_FILE, **provenance)
-        curve = folder / SIZE_CURVE
-        draw_size_curve(outcome.spectrum, curve, chosen=outcome.result, measured=outcome.measured)
-        draw_rank_map(outcome.result, folder / RANK_MAP)
+        curve = SizeCurve.of(outcome.spectrum, outcome.result, outcome.measured)
+        curve.save(folder / SIZE_CURVE_FILE)
+        draw_size_curve(curve, folder / SIZE_CURVE, outcome.result)
+        draw_rank_map(outcome.result, folder / RANK_MAP, **title_names(provenance))
         return (folder / ADAPTER_WEIGHTS).stat().st_size
 
 

@@ -7,21 +7,24 @@ from typing import Any
 
 from peft import LoraConfig
 
-from fim_lora_command.errors import CommandError
+from fim_lora_command.errors import CommandError, warn
 
 from ..compression import LoraCompression
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
+from ..ranks.size_curve import SIZE_CURVE_FILE
 from ..report.rank_map import draw_rank_map
+from ..report.title_names import title_names
 from ..runtime.atomic import staged_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RANK_MAP = "rank_map.png"
 SIZE_CURVE = "size_curve.png"
+REPORT = "report.html"
 OUTPUT_FILES = (ADAPTER_CONFIG, ALLOCATION_FILE, RANK_MAP)
-COMPRESSED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPRESSION_FILE, SIZE_CURVE, RANK_MAP)
+COMPRESSED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, COMPRESSION_FILE, SIZE_CURVE_FILE, SIZE_CURVE, RANK_MAP)
 _RANK_FILES = (ALLOCATION_FILE, COMPRESSION_FILE)
 
 Result = RankAllocation | LoraCompression
@@ -57,7 +60,7 @@ def write_allocation(
     with staged_files(folder) as stage:
         config.save_pretrained(str(stage))
         allocation.save(stage / ALLOCATION_FILE, **provenance)
-        draw_rank_map(allocation, stage / RANK_MAP)
+        draw_rank_map(allocation, stage / RANK_MAP, **title_names(provenance))
 
 
 def require_writable(folder: Path, overwrite: bool, foreign: str) -> None:
@@ -74,6 +77,10 @@ def require_writable(folder: Path, overwrite: bool, foreign: str) -> None:
     if (folder / foreign).exists():
         raise CommandError(f"{folder} has the result of another command, {foreign}: give another --output.")
     _require_writable_parent(folder)
+    if (folder / REPORT).exists():
+        warn(
+            f"{folder / REPORT} is the report of an earlier run: run fim-lora report {folder} --overwrite afterwards."
+        )
 
 
 def require_writable_file(file: Path, overwrite: bool) -> None:

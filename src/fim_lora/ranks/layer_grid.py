@@ -29,9 +29,9 @@ def layer_grids(names: Mapping[str, object]) -> list[LayerGrid]:
     """Sort layer names into grids, by the first number among their dotted parts.
 
     `model.layers.3.self_attn.q_proj` is in stack `model.layers`, row 3, column `q_proj`. A column is labeled with the
-    shortest end of the name that no other column of its stack has. Layers without a number in their name, such as
-    `bert.pooler.dense`, share a grid without a stack and keep their whole name. Grids and columns follow the order of
-    `names`. A grid of more than 200,000 cells, which would be nearly all empty, raises ValueError.
+    shortest end of the name that no other column of its stack has and that is not a number. Layers without a number in
+    their name, such as `bert.pooler.dense`, share a grid without a stack and keep their whole name. Grids and columns
+    follow the order of `names`. A grid of more than 200,000 cells, which would be nearly all empty, raises ValueError.
     """
     grids: dict[str, LayerGrid] = {}
     for name in names:
@@ -81,5 +81,7 @@ def _split(name: str) -> tuple[str, int | None, str]:
 def _shortest_distinct_end(kind: str, kinds: list[str]) -> str:
     parts = kind.split(".")
     ends = (".".join(parts[first:]) for first in reversed(range(len(parts))))
+    # A number alone, as in `downsample.0`, tells nothing about the layer.
+    ends = (end for end in ends if not end.isdigit())
     others = [other for other in kinds if other != kind]
     return next((end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)), kind)

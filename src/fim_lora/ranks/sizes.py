@@ -24,12 +24,14 @@ class SizePoint:
         share: The same as a share of those of the whole adapter.
         prediction: Predicted increase of the loss; `None` without data.
         ranks: Layer name to rank.
+        dropped_norm: Share of the squared norm `‖ΔW‖²_F`, summed over the layers, that is lost.
     """
 
     parameters: int
     share: float
     prediction: Prediction | None
     ranks: dict[str, int]
+    dropped_norm: float
 
 
 def size_rows(points: Sequence[SizePoint]) -> list[list[str]]:

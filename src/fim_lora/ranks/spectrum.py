@@ -227,9 +227,24 @@ class Spectrum(Mapping[str, LayerSpectrum]):
 
     def size_point(self, parameters: int, *, r_max: int | None = None) -> SizePoint:
         """The adapter with at most this many parameters."""
-        kept = self.keep(parameters, r_max=r_max)
+        return self.point_of(self.keep(parameters, r_max=r_max))
+
+    def point_of(self, kept: Kept) -> SizePoint:
+        """The adapter with a selection of components."""
         used = self.parameters_of(kept)
-        return SizePoint(used, used / self.num_parameters, self.predict(kept), self.ranks_of(kept))
+        norms = [layer.squared_norms.astype(np.float64) for layer in self.values()]
+        kept_norm = sum(float(norm[kept[name]].sum()) for name, norm in zip(self, norms, strict=True))
+        norm = sum(float(one.sum()) for one in norms)
+        dropped_norm = max(1 - kept_norm / norm, 0.0) if norm > 0 else 0.0
+        return SizePoint(used, used / self.num_parameters, self.predict(kept), self.ranks_of(kept), dropped_norm)
+
+    def kept_of(self, ranks: Mapping[str, int]) -> Kept:
+        """The components that layers of these ranks keep: those of the highest priority."""
+        kept = {}
+        for name, layer in self.items():
+            by_value = sorted(range(layer.num_components), key=[-value for value in layer.priorities].__getitem__)
+            kept[name] = sorted(by_value[: ranks[name] // layer.rank_step])
+        return kept
 
     def size_curve(self, shares: Sequence[float] = SHOWN_SHARES) -> list[SizePoint]:
         """The adapter at each of these shares of its parameters."""

@@ -1,190 +1,261 @@
 """The rank map, a picture: depth as rows, kinds of layer as columns, the rank as color and number."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
-from matplotlib.textpath import TextPath
 
-from ..ranks.allocation import Allocation
 from ..ranks.compressed import Compression
-from ..ranks.layer_grid import LayerGrid, layer_grids
 from .picture import Picture, literal
+from .rank_colors import RankScale, gradient, text_color
+from .rank_facts import Result, before_line, largest_allowed_rank, measured_line, size_line, uniform_rank
+from .rank_panels import Panel, rank_panels
+from .text_size import shortened, text_width, wrapped
 
-Result = Allocation | Compression
-
-# Lengths in inches, so that the size of a cell does not depend on the number of cells.
-_CELL_WIDTH, _CELL_HEIGHT = 0.52, 0.25
-_PANEL_GAP = 0.75
-_PANEL_TITLE_HEIGHT = 0.32
-_TITLE_HEIGHT = 0.6
-_COLOR_BAR_GAP, _COLOR_BAR_WIDTH, _COLOR_BAR_HEIGHT = 0.35, 0.16, 3.0
-_MIN_COLOR_BAR_HEIGHT = 1.1
-_LEFT = 0.5
+# Lengths in inches, so that the size of a cell does not depend on the number of cells. A map of usual width can be
+# read when it is shown with 400 pixels.
+_CELL_WIDTH, _CELL_HEIGHT = 0.36, 0.2
+_WIDE_CELL_WIDTH = 0.52  # for two ranks
+_MAX_ROWS = 40  # stacks of more depths have several of them in a row, so that the map fits a page
+_MAX_LINE_WIDTH = 3.2  # panels that are wider together are one below the other
+_MIN_WIDTH = 3.6
+_PANEL_GAP = 0.25
+_STACK_HEIGHT = 0.2
+_LABEL_GAP = 0.07
+_BAR_GAP, _BAR_WIDTH, _BAR_LABEL_WIDTH = 0.22, 0.14, 0.75
+_MIN_BAR_HEIGHT = 0.8
+_MIN_TICK_DISTANCE, _TICKS_PER_INCH = 0.17, 1.5
+_TITLE_HEIGHT, _LINE_HEIGHT, _HEADER_GAP = 0.22, 0.17, 0.1
 _FONT_SIZE, _TITLE_SIZE = 8.0, 11.0
-
-# If the ratio of the largest to the smallest rank is at least this, equal steps of color are equal factors of rank.
-_LOGARITHMIC_FROM = 4
-_TICKS_PER_INCH = 2.5
-_COLOR_MAP = "viridis"
+_LONGEST_LABEL = 40
 
 
-def draw_rank_map(result: Result, path: str | PathLike[str]) -> None:
+@dataclass(frozen=True)
+class _Place:
+    """A panel, and where its cells begin: inches from the left and from the top of the map."""
+
+    panel: Panel
+    x: float
+    y: float
+    cell_width: float
+
+    @property
+    def right(self) -> float:
+        """The end of the cells, or of the name of the stack above them."""
+        name_end = self.x - _row_label_width(self.panel) + text_width(_stack(self.panel), _FONT_SIZE, "bold")
+        return max(self.x + self.num_columns * self.cell_width, name_end)
+
+    @property
+    def num_columns(self) -> int:
+        return max(len(self.panel.columns), 1)
+
+    @property
+    def bottom(self) -> float:
+        return self.y + len(self.panel.rows) * _CELL_HEIGHT
+
+
+def draw_rank_map(result: Result, path: str | PathLike[str], *, model: str = "", data: str = "") -> None:
     """Draw the ranks: one panel for each stack of layers, with depth from top to bottom and one column for each kind.
+
+    Stacks of more than 40 depths have several depths in a row, which shows the mean of their ranks.
 
     Args:
         result: The allocation, or the compression, of which the ranks after it are drawn.
         path: The picture. Its suffix, such as `.png`, `.pdf` or `.svg`, determines the format.
+        model: Name of the model or adapter, for the title.
+        data: Name of the calibration data, for the title.
 
     Raises:
         OSError: If the file cannot be written.
         ValueError: If there are no layers, if the table of their names is too large, or if the suffix is not a known
             format.
     """
-    rank_map_figure(result).write(path)
+    rank_map_figure(result, model=model, data=data).write(path)
 
 
-def rank_map_figure(result: Result) -> Picture:
+def rank_map_figure(result: Result, *, model: str = "", data: str = "") -> Picture:
     """The figure that `draw_rank_map` writes. Raises `ValueError` if there are no or too many cells."""
-    grids = layer_grids(result.ranks)
-    if not grids:
-        raise ValueError("There is nothing to draw: there are no layers.")
-    label_height = max(_text_width(kind) for grid in grids for kind in grid.kinds) + 0.1
-    panel_height = max(max(len(grid.depths) for grid in grids) * _CELL_HEIGHT, _MIN_COLOR_BAR_HEIGHT)
-    panel_widths = [_panel_width(grid) for grid in grids]
-    width = _LEFT + sum(panel_widths) + _PANEL_GAP * (len(grids) - 1) + _COLOR_BAR_GAP + _COLOR_BAR_WIDTH + 0.6
-    top = _TITLE_HEIGHT + _PANEL_TITLE_HEIGHT + label_height
-    height = top + panel_height + 0.4
+    panels = rank_panels(result.ranks, _MAX_ROWS)
+    scale = RankScale.of([*result.ranks.values(), uniform_rank(result)])
+    with_before = isinstance(result, Compression) and len(set(result.ranks_before.values())) > 1
+    places = _arranged(panels, _WIDE_CELL_WIDTH if with_before else _CELL_WIDTH)
+    first, last = min(place.y for place in places), max(place.bottom for place in places)
+    bar_x = max(place.right for place in places) + _BAR_GAP
+    bar_height = max(last - first, _MIN_BAR_HEIGHT)
+    width = max(bar_x + _BAR_WIDTH + _BAR_LABEL_WIDTH, _MIN_WIDTH)
+    title, *facts = _header(result, model, data)
+    titles = wrapped(title, width, _TITLE_SIZE, "bold")
+    lines = [line for fact in facts for line in wrapped(fact, width, _FONT_SIZE)]
+    notes = [line for note in _notes(panels, result, with_before) for line in wrapped(note, width, _FONT_SIZE)]
 
+    top = len(titles) * _TITLE_HEIGHT + len(lines) * _LINE_HEIGHT + _HEADER_GAP
+    height = top + first + bar_height + _HEADER_GAP + len(notes) * _LINE_HEIGHT
     picture = Picture(width, height)
-    norm = _norm(result)
-    x = _LEFT
-    for grid, panel_width in zip(grids, panel_widths, strict=True):
-        axes = picture.axes_at(x, top, len(grid.kinds) * _CELL_WIDTH, len(grid.depths) * _CELL_HEIGHT)
-        _draw_cells(axes, grid, result, norm)
-        _label_panel(axes, grid)
-        title_y = 1 - (_TITLE_HEIGHT + 0.12) / height
-        stack = literal(grid.stack) or "other layers"
-        picture.text(x / width, title_y, stack, fontsize=_FONT_SIZE + 1, weight="bold", va="top")
-        x += panel_width + _PANEL_GAP
-    x += _COLOR_BAR_GAP - _PANEL_GAP
-    bar_height = min(panel_height, _COLOR_BAR_HEIGHT)
-    bar_axes = picture.axes_at(x, top, _COLOR_BAR_WIDTH, bar_height)
-    _draw_color_bar(bar_axes, norm, _ticks(norm, result, max_ticks=round(bar_height * _TICKS_PER_INCH)))
-    picture.text(_LEFT / width, 1, _title(result), fontsize=_TITLE_SIZE, va="top")
-    if notes := _notes(grids, result):
-        picture.text(_LEFT / width, 0.2 / height, notes, fontsize=_FONT_SIZE, color="0.35", va="top")
+    for number, line in enumerate(titles):
+        y = 1 - number * _TITLE_HEIGHT / height
+        picture.text(0, y, literal(line), fontsize=_TITLE_SIZE, weight="bold", va="top")
+    for number, line in enumerate(lines):
+        y = 1 - (len(titles) * _TITLE_HEIGHT + number * _LINE_HEIGHT) / height
+        picture.text(0, y, literal(line), fontsize=_FONT_SIZE, va="top")
+    for place in places:
+        _draw_panel(picture, place, top, result, scale, with_before)
+    _draw_bar(picture, bar_x, top + first, bar_height, result, scale)
+    for number, line in enumerate(reversed(notes)):
+        y = number * _LINE_HEIGHT / height
+        picture.text(0, y, literal(line), fontsize=_FONT_SIZE, color="0.3", va="bottom")
     return picture
 
 
-def _draw_cells(axes: Axes, grid: LayerGrid, result: Result, norm: Normalize) -> None:
-    rank_at = {place: float(result.ranks[name]) for place, name in grid.cells.items()}
-    ranks = np.array([[rank_at.get((depth, kind), np.nan) for kind in grid.kinds] for depth in grid.depths])
-    axes.patch.set(facecolor="0.96", edgecolor="0.8", hatch="//////")
-    # A logarithmic scale has no rank of 0: such cells stay white.
-    drawn = np.ma.masked_where(~(ranks > 0), ranks)
-    mesh = axes.pcolormesh(drawn, norm=norm, cmap=_COLOR_MAP, edgecolors="white", linewidth=0.6)
-    colors = mesh.to_rgba(np.maximum(ranks, 1))
-    for row, column in np.argwhere(ranks == 0):
-        axes.add_patch(Rectangle((column, row), 1, 1, facecolor="white", edgecolor="0.8", linewidth=0.6))
-    for row, column in np.argwhere(np.isfinite(ranks)):
-        rank = ranks[row, column]
-        color = "black" if rank == 0 else _text_color(colors[row, column, :3])
-        x, y = column + 0.5, row + 0.5
-        axes.text(x, y, f"{rank:.0f}", ha="center", va="center_baseline", fontsize=_FONT_SIZE, color=color)
+def _arranged(panels: Sequence[Panel], cell_width: float) -> list[_Place]:
+    """Panels side by side as far as they fit, otherwise one below the other."""
+    places: list[_Place] = []
+    line: list[Panel] = []
+    line_top = 0.0
+
+    def end_line() -> float:
+        y = line_top + max(_label_height(panel) for panel in line)
+        x = 0.0
+        for panel in line:
+            x += _row_label_width(panel)
+            places.append(_Place(panel, x, y, cell_width))
+            x = places[-1].right + _PANEL_GAP
+        return max(place.bottom for place in places[-len(line) :]) + _PANEL_GAP
+
+    for panel in panels:
+        if line and sum(_width(one, cell_width) + _PANEL_GAP for one in [*line, panel]) > _MAX_LINE_WIDTH + _PANEL_GAP:
+            line_top = end_line()
+            line = []
+        line.append(panel)
+    end_line()
+    return places
 
 
-def _label_panel(axes: Axes, grid: LayerGrid) -> None:
+def _draw_panel(
+    picture: Picture, place: _Place, top: float, result: Result, scale: RankScale, with_before: bool
+) -> None:
+    panel = place.panel
+    axes = picture.axes_at(
+        place.x, top + place.y, place.num_columns * place.cell_width, len(panel.rows) * _CELL_HEIGHT
+    )
+    _draw_cells(axes, panel, result, scale, with_before)
     axes.invert_yaxis()
     axes.xaxis.tick_top()
-    kinds = [literal(kind) for kind in grid.kinds]
-    axes.set_xticks(np.arange(len(grid.kinds)) + 0.5, kinds, rotation=90, fontsize=_FONT_SIZE)
-    depths = ["–" if depth is None else str(depth) for depth in grid.depths]
-    axes.set_yticks(np.arange(len(grid.depths)) + 0.5, depths, fontsize=_FONT_SIZE)
-    if grid.depths != [None]:
-        axes.set_ylabel("depth", fontsize=_FONT_SIZE)
-    axes.tick_params(length=0)
+    kinds = [literal(shortened(kind, _LONGEST_LABEL)) for kind in panel.columns]
+    axes.set_xticks(np.arange(len(kinds)) + 0.5, kinds, rotation=90, fontsize=_FONT_SIZE)
+    rows = [literal(shortened(row, _LONGEST_LABEL)) for row in panel.rows]
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows, fontsize=_FONT_SIZE)
+    axes.tick_params(length=0, pad=3)
     axes.spines[:].set_visible(False)
+    width, height = picture.get_size_inches()
+    x, label_height = place.x - _row_label_width(panel), _label_height(panel)
+    y = height - top - place.y
+    options: dict[str, Any] = {"fontsize": _FONT_SIZE, "color": "black"}
+    if panel.columns:
+        picture.text((place.x - 0.05) / width, (y + 0.05) / height, "depth", ha="right", va="bottom", **options)
+    picture.text(x / width, (y + label_height) / height, literal(_stack(panel)), weight="bold", va="top", **options)
 
 
-def _draw_color_bar(axes: Axes, norm: Normalize, ticks: Sequence[int]) -> None:
-    bar = axes.figure.colorbar(ScalarMappable(norm=norm, cmap=_COLOR_MAP), cax=axes)
-    bar.minorticks_off()
-    bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
-    bar.ax.tick_params(labelsize=_FONT_SIZE)
-    bar.set_label("rank", fontsize=_FONT_SIZE + 1)
+def _draw_cells(axes: Axes, panel: Panel, result: Result, scale: RankScale, with_before: bool) -> None:
+    ranks, uniform = panel.means(result.ranks), uniform_rank(result)
+    before = panel.means(result.ranks_before) if isinstance(result, Compression) and with_before else None
+    axes.patch.set(facecolor="white", edgecolor="0.75", hatch="//////")
+    colors = scale.colors(np.nan_to_num(ranks, nan=1))
+    colors = np.dstack([np.where(ranks[..., None] > 0, colors, 1.0), np.isfinite(ranks)])
+    axes.pcolormesh(colors, edgecolors="white", linewidth=0.8)
+    for row, column in np.argwhere(ranks == 0):
+        axes.add_patch(Rectangle((column + 0.06, row + 0.1), 0.88, 0.8, fill=False, edgecolor="0.6", linewidth=0.6))
+    for row, column in np.argwhere(np.isfinite(ranks)):
+        rank = ranks[row, column]
+        text = _rounded(rank)
+        if before is not None:
+            text += f"/{_rounded(before[row, column])}"
+        color = text_color(tuple(colors[row, column, :3].tolist()))
+        weight = "bold" if rank > uniform else "normal"
+        options: dict[str, Any] = {"fontsize": _FONT_SIZE, "color": color, "weight": weight}
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center_baseline", **options)
 
 
-def _norm(result: Result) -> Normalize:
-    smallest, largest = _rank_range(result)
-    if smallest == largest:
-        return Normalize(smallest - 0.5, largest + 0.5)
-    if largest >= _LOGARITHMIC_FROM * smallest:
-        return LogNorm(smallest, largest)
-    return Normalize(smallest, largest)
+def _draw_bar(picture: Picture, x: float, y: float, height: float, result: Result, scale: RankScale) -> None:
+    """The colors of all ranks, with the uniform rank and `r_max` among the ticks."""
+    axes = picture.axes_at(x, y, _BAR_WIDTH, height)
+    axes.imshow(gradient(np.linspace(0, 1, 256))[:, None], aspect="auto", origin="lower", extent=(0, 1, 0, 1))
+    places: list[tuple[float, str]] = []
+    for rank, name in _marks(result, scale):
+        place = float(scale.position(rank))
+        axes.axhline(place, color="black", linewidth=1.2, clip_on=False, xmax=1.35)
+        places.append((place, f"{rank:.3g} {name}"))
+    marked = [place for place, _ in places]
+    for tick in scale.ticks(round(height * _TICKS_PER_INCH)):
+        place = float(scale.position(tick))
+        if all(abs(place - other) * height >= _MIN_TICK_DISTANCE for other in marked):
+            places.append((place, str(tick)))
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.set_yticks([place for place, _ in places], [text for _, text in places], fontsize=_FONT_SIZE)
+    axes.tick_params(length=3, pad=3)
+    axes.set_title("rank", fontsize=_FONT_SIZE, pad=4)
 
 
-def _ticks(norm: Normalize, result: Result, max_ticks: int) -> list[int]:
-    """Integers from the smallest to the largest rank, evenly spread over the colors."""
-    smallest, largest = _rank_range(result)
-    fractions = np.linspace(0, 1, max_ticks)
-    spread = norm.inverse(fractions) if smallest < largest else fractions * 0 + smallest
-    return sorted({round(float(tick)) for tick in spread})
+def _marks(result: Result, scale: RankScale) -> list[tuple[float, str]]:
+    """Ranks to compare with, and their names on the color bar."""
+    uniform, r_max = uniform_rank(result), largest_allowed_rank(result)
+    if uniform == r_max:
+        return [(uniform, "uniform,\nr_max")]
+    return [(uniform, "uniform")] + ([(r_max, "r_max")] if r_max is not None and r_max <= scale.largest else [])
 
 
-def _rank_range(result: Result) -> tuple[int, int]:
-    """Smallest and largest rank of the layers that have an adapter."""
-    ranks = [rank for rank in result.ranks.values() if rank > 0] or [1]
-    return min(ranks), max(ranks)
+def _header(result: Result, model: str, data: str) -> list[str]:
+    """The title and the lines below it."""
+    is_compression = isinstance(result, Compression)
+    lines = ["LoRA rank of every layer" + (", compressed" if is_compression else "")]
+    lines += [model] if model else []
+    lines.append(f"{data}: {measured_line(result)}" if data else measured_line(result))
+    return [*lines, size_line(result), *([before_line(result)] if isinstance(result, Compression) else [])]
 
 
-def _title(result: Result) -> str:
-    if isinstance(result, Compression):
-        kind, size = result.size
-        limit = "" if result.r_max is None else f", r_max = {result.r_max}"
-        return (
-            f"LoRA ranks after the compression, {kind} = {size:g}{limit}\n"
-            f"parameters: {result.num_parameters:,} of {result.num_parameters_before:,} kept ({result.share:.1%})\n"
-            f"{literal(result.criterion)}"
-        )
-    return (
-        f"LoRA ranks from the eFIM, r = {result.r}\n"
-        f"budget: {result.budget_used:,} of {result.budget:,} {result.budget_unit}\n"
-        f"{result.num_batches:,} batches, {result.num_examples:,} examples"
-    )
-
-
-def _notes(grids: Sequence[LayerGrid], result: Result) -> str:
-    """The meaning of cells without a color; empty if all cells have one."""
+def _notes(panels: Sequence[Panel], result: Result, with_before: bool) -> list[str]:
+    """What cells mean that are not a rank as a color."""
+    uniform, r_max = uniform_rank(result), largest_allowed_rank(result)
     notes = []
-    if any(len(grid.cells) < len(grid.depths) * len(grid.kinds) for grid in grids):
-        notes.append("hatched: no such layer")
+    if with_before:
+        notes.append("after/before")
+    if any(rank > uniform for rank in result.ranks.values()):
+        same_size = "" if not isinstance(result, Compression) else ", which has the same size"
+        notes.append(f"bold: above uniform rank {uniform:.3g}{same_size}")
+    if r_max is not None and r_max > max(*result.ranks.values(), uniform):
+        notes.append(f"r_max = {r_max} is not reached")
     if result.dropped_layers:
         notes.append("white: no adapter")
-    return ", ".join(notes)
+    if any(panel.has_empty_cells for panel in panels):
+        notes.append("hatched: no such layer")
+    if any(panel.depths_per_row > 1 for panel in panels):
+        notes.append("a row of several depths: mean rank")
+    return notes
 
 
-def _text_color(color: np.ndarray) -> str:
-    """Black or white, whichever has the higher contrast by WCAG 2."""
-    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
-    luminance = float(linear @ np.array([0.2126, 0.7152, 0.0722]))
-    contrast_with_white, contrast_with_black = 1.05 / (luminance + 0.05), (luminance + 0.05) / 0.05
-    return "white" if contrast_with_white > contrast_with_black else "black"
+def _stack(panel: Panel) -> str:
+    return shortened(panel.stack, _LONGEST_LABEL) or "other layers"
 
 
-def _panel_width(grid: LayerGrid) -> float:
-    """Width of the cells or of the title above them, whichever is larger."""
-    return max(len(grid.kinds) * _CELL_WIDTH, _text_width(grid.stack, _FONT_SIZE + 1, weight="bold"))
+def _width(panel: Panel, cell_width: float) -> float:
+    return _Place(panel, _row_label_width(panel), 0, cell_width).right
 
 
-def _text_width(text: str, size: float = _FONT_SIZE, weight: str = "normal") -> float:
-    """Width in inches."""
-    if not text:
-        return 0.0
-    path = TextPath((0, 0), literal(text), size=size, prop=FontProperties(weight=weight))
-    return float(path.get_extents().width) / 72
+def _row_label_width(panel: Panel) -> float:
+    names = [shortened(row, _LONGEST_LABEL) for row in panel.rows] + (["depth"] if panel.columns else [])
+    return max(text_width(name, _FONT_SIZE) for name in names) + _LABEL_GAP
+
+
+def _label_height(panel: Panel) -> float:
+    """Height of the name of the stack and of the kinds of layer above the cells."""
+    kinds = [text_width(shortened(kind, _LONGEST_LABEL), _FONT_SIZE) for kind in panel.columns]
+    return _STACK_HEIGHT + max(kinds, default=0) + _LABEL_GAP
+
+
+def _rounded(rank: float) -> str:
+    """A whole number; a mean of adapted and dropped layers is never 0."""
+    return f"{max(rank, 1):.0f}" if rank > 0 else "0"
