@@ -21,7 +21,7 @@ DEMO := demo-output
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest-peft lint types clean
+.PHONY: help demo test test-oldest-peft lint types docs clean
 
 help: ## List the targets.
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,8 +58,11 @@ lint: $(STAMPS)/test ## Check style and formatting with ruff.
 types: $(STAMPS)/test ## Check the types with mypy.
 	$(BIN)/mypy
 
-clean: ## Delete the virtual environment and the output of the demo.
-	rm -rf $(VENV) $(DEMO)
+docs: $(STAMPS)/docs ## Build the documentation as a site in site/, and check its links.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+clean: ## Delete the virtual environment, the output of the demo and the site.
+	rm -rf $(VENV) $(DEMO) site
 
 $(STAMPS)/venv:
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +77,10 @@ $(STAMPS)/demo: $(STAMPS)/venv pyproject.toml constraints.txt
 
 $(STAMPS)/test: $(STAMPS)/demo
 	$(PIP) --editable ".[cli,test]"
+	touch $@
+
+$(STAMPS)/docs: $(STAMPS)/demo
+	$(PIP) --editable ".[cli,docs]"
 	touch $@
 
 $(QUANTIZED): $(STAMPS)/venv constraints.txt
