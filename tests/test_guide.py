@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from typer.main import get_command
 
 import fim_lora
-from fim_lora.cli.app import app
 from fim_lora.config import FimConfig
+from fim_lora_command.app import app
 from helpers.diffusion import noisy_latents, unet
 from helpers.documentation import (
     ROOT,
