@@ -33,7 +33,7 @@ DEMO := demo-output
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest lint types constraints clean
+.PHONY: help demo test test-lowest lint types docs constraints clean
 
 help: ## List the targets.
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,13 +70,16 @@ RESOLVE := $(BIN)/uv pip compile --quiet pyproject.toml --extra cli --extra test
 	--no-build --no-annotate --custom-compile-command "make constraints"
 constraints: $(STAMPS)/venv ## Write constraints.txt and constraints-lowest.txt from pyproject.toml.
 	$(BIN)/python -m pip install --quiet uv
-	$(RESOLVE) --output-file constraints.txt
+	$(RESOLVE) --extra docs --output-file constraints.txt
 	$(RESOLVE) --resolution lowest-direct --output-file constraints-lowest.txt
 	sed -i -E '/^(cuda|nvidia|triton|setuptools)/d' constraints.txt
 	sed -i -E '/^(cuda|nvidia|triton|setuptools|torch|sympy|mypy|ruff)/d' constraints-lowest.txt
 
-clean: ## Delete the virtual environment and the output of the demo.
-	rm -rf $(VENV) $(DEMO)
+docs: $(STAMPS)/docs ## Build the documentation as a site in site/, and check its links.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+clean: ## Delete the virtual environment, the output of the demo and the site.
+	rm -rf $(VENV) $(DEMO) site
 
 $(STAMPS)/venv:
 	$(PYTHON) -m venv $(VENV)
@@ -91,6 +94,10 @@ $(STAMPS)/demo: $(STAMPS)/venv pyproject.toml constraints.txt
 
 $(STAMPS)/test: $(STAMPS)/demo
 	$(PIP) --editable ".[cli,test]"
+	touch $@
+
+$(STAMPS)/docs: $(STAMPS)/demo
+	$(PIP) --editable ".[cli,docs]"
 	touch $@
 
 $(QUANTIZED): $(STAMPS)/venv constraints.txt

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import DDPMScheduler, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
@@ -35,6 +35,7 @@ from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.fisher.layers.attribution import UnattributableError, by_example
 from helpers.adapters import hooks_of, lora_layers, randomize
 from helpers.own_warnings import UNCERTAIN_ROWS
+from helpers.diffusion import unet
 from helpers.proportional import proportional
 
 BATCH, BATCHES, RANK, WORDS = 3, 2, 4, 20
@@ -75,13 +76,6 @@ def wav2vec2():
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
     options = {"feat_extract_norm": "layer", "ctc_loss_reduction": "mean"}  # the layer norm is required for masks
     return Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=WORDS, **features, **positions, **options, **SMALL))
-
-
-def unet():
-    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
-    sizes = {"sample_size": 8, "in_channels": 2, "out_channels": 2, "block_out_channels": (8, 16)}
-    attention = {"cross_attention_dim": 12, "attention_head_dim": 4, "norm_num_groups": 4}
-    return UNet2DConditionModel(down_block_types=down, up_block_types=up, layers_per_block=1, **sizes, **attention)
 
 
 def flux():
