@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import typer.main
+from packaging.version import Version
 from peft import LoraConfig
 
 from fim_lora import FimConfig
@@ -16,7 +18,9 @@ from fim_lora.report import exports
 from fim_lora_command import choices
 from fim_lora_command.app import app
 
-HEAVY = {"torch", "peft", "transformers", "datasets", "numpy", "rich", "fim_lora"}
+HEAVY = {"torch", "peft", "transformers", "datasets", "numpy", "fim_lora"}
+if Version(version("typer")) >= Version("0.29"):  # older ones use it for every help
+    HEAVY.add("rich")
 STARTED = """
 import contextlib, io, json, os, sys
 from fim_lora_command import main
