@@ -106,10 +106,6 @@ def compress_command(
         require_choice("--task", task, TASKS)
     if (data is None) != without_data:
         raise wrong_usage("--data", "give either --data or --without-data.")
-    if without_data and batches is not None:
-        raise wrong_usage("--batches", "it has no effect with --without-data.")
-    if eval_data is None and eval_batches is not None:
-        raise wrong_usage("--eval-batches", "it has no effect without --eval-data.")
     if max_loss_increase is not None and eval_data is None:
         raise wrong_usage("--max-loss-increase", "the increase is measured: give --eval-data, too.")
     _require_effect(data, batches, eval_data, eval_batches)
