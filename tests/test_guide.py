@@ -191,7 +191,8 @@ def test_other_commands_name_files_and_targets_that_exist():
 
 def test_options_in_the_text_exist():
     command = get_command(app)
-    known = {option for sub in command.commands.values() for parameter in sub.params for option in parameter.opts}
+    commands = (command, *command.commands.values())
+    known = {option for one in commands for parameter in one.params for option in parameter.opts}
     for page in ("README.md", "docs/command_line.md", "docs/compression.md", "docs/serving.md", "docs/fim_config.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         for code in re.findall(r"`([^`\n]+)`", text):
