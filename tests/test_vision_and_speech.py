@@ -34,8 +34,8 @@ from transformers import (
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.fisher.layers.attribution import UnattributableError, by_example
 from helpers.adapters import hooks_of, lora_layers, randomize
-from helpers.own_warnings import UNCERTAIN_ROWS
 from helpers.diffusion import unet
+from helpers.own_warnings import UNCERTAIN_ROWS
 from helpers.proportional import proportional
 
 BATCH, BATCHES, RANK, WORDS = 3, 2, 4, 20
