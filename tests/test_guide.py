@@ -11,6 +11,7 @@ from typer.main import get_command
 
 import fim_lora
 from fim_lora.config import FimConfig
+from fim_lora_command import main
 from fim_lora_command.app import app
 from helpers.diffusion import noisy_latents, unet
 from helpers.documentation import (
@@ -140,6 +141,13 @@ def test_command_line(run, tmp_path):
     assert (tmp_path / "ranks.csv").read_text().startswith("layer,")
 
 
+def test_reports(run, adapter, tmp_path):
+    # The page begins with a folder of fim-lora compress.
+    assert main(["compress", str(adapter), "--data", "train.jsonl", "--keep", "0.5", "--output", "small"]) == 0
+    run("docs/report.md")
+    assert (tmp_path / "report.html").read_bytes() == (tmp_path / "small" / "report.html").read_bytes()
+
+
 def test_single_elements(run, model):
     names = run("docs/diagonals.md", lambda: {"model": load_model(model), "dataloader": text_batches()})
     zeros = [float((names["model"].get_submodule(name).weight == 0).float().mean()) for name in names["diagonals"]]
@@ -154,6 +162,7 @@ RUN_HERE = {
     "docs/diagonals.md",
     "docs/during.md",
     "docs/getting_started.md",
+    "docs/report.md",
     "docs/serving.md",
     "docs/training.md",
 }
@@ -191,8 +200,9 @@ def test_other_commands_name_files_and_targets_that_exist():
 
 def test_options_in_the_text_exist():
     command = get_command(app)
-    known = {option for sub in command.commands.values() for parameter in sub.params for option in parameter.opts}
-    for page in ("README.md", "docs/command_line.md", "docs/compression.md", "docs/serving.md", "docs/fim_config.md"):
+    commands = (command, *command.commands.values())
+    known = {option for one in commands for parameter in one.params for option in parameter.opts}
+    for page in ("README.md", "docs/command_line.md", "docs/compression.md", "docs/report.md", "docs/serving.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         for code in re.findall(r"`([^`\n]+)`", text):
             if code.startswith(("-", "fim-lora ")):
