@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 from weakref import ref
 
@@ -15,6 +14,7 @@ from transformers.trainer_callback import ExportableState, TrainerCallback
 from ..adapter.adapted_part import adapted_part
 from ..adapter.fit_checkpoint import fit_to_checkpoints, stop_fitting
 from ..compression import LoraCompression
+from ..runtime.user_warnings import warn_user
 from ..runtime.wrappers import unwrap
 from .trainer_kinds import rows_per_example_in_passes
 from .wide_phase import WidePhase, WideSettings, step_of_share
@@ -185,11 +185,10 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
         """Remove all hooks; warn if the training ended before the cut."""
         stop_fitting(adapted_part(unwrap(model), self.adapter_name), self.adapter_name)
         if self._phase is not None:
-            warnings.warn(
+            warn_user(
                 f"The training stopped at step {state.global_step}, before the cut at step "
                 f"{self._phase.settings.cut_step}: the adapter keeps its ranks. Cut it with `get_lora_spectrum` and "
-                "`compress_lora`.",
-                stacklevel=2,
+                "`compress_lora`."
             )
         self._stop()
 
@@ -216,11 +215,10 @@ class FimCompressionCallback(TrainerCallback, ExportableState):  # type: ignore[
         first_step = max(cut_step - math.ceil(self.num_batches / accumulated), 1, state.global_step)
         available = (cut_step - first_step) * accumulated
         if available < self.num_batches:
-            warnings.warn(
+            warn_user(
                 f"Only {available} micro-batches run between step {first_step} and the cut at step {cut_step}, fewer "
                 f"than num_batches={self.num_batches}: the spectrum comes from these. Raise `at`, or lower "
-                "`num_batches`.",
-                stacklevel=4,
+                "`num_batches`."
             )
         rows = rows_per_example_in_passes(args)
         return WideSettings(self.adapter_name, self.r, self.wide_scale, first_step, cut_step, self.num_batches, rows)
