@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from .options import ResultFolder
+from .options import ResultFolder, expanded
 
 
 def report_command(
     folder: ResultFolder,
     output: Annotated[
-        Path | None, typer.Option(help="File for the report.", metavar="FILE", show_default="DIR/report.html")
+        Path | None,
+        typer.Option(help="File for the report.", metavar="FILE", show_default="DIR/report.html", callback=expanded),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:

@@ -26,6 +26,13 @@ def report(folder, *options):
     return main(["report", *[str(word) for word in (folder, *options)]])
 
 
+def test_the_file_of_the_ranks_and_a_home_folder(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert report(copied / "fim_allocation.json") == 0
+    assert report(copied, "--output=~/page.html") == 0
+    assert (tmp_path / "page.html").read_text() == (copied / "report.html").read_text()
+
+
 def test_the_report_of_an_allocation_is_written_into_its_folder(copied, llama, capsys):
     assert report(copied) == 0
     assert str(copied / "report.html") in capsys.readouterr().out

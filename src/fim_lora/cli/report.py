@@ -9,12 +9,13 @@ from ..ranks.size_curve import SIZE_CURVE_FILE, SizeCurve
 from ..report.html_report import html_report
 from ..report.title_names import title_names
 from ..runtime.atomic import write_text
-from .output import REPORT, Result, read_result, require_writable_file
+from .output import REPORT, Result, read_result, require_writable_file, result_folder
 from .provenance import provenance_facts, read_provenance
 
 
 def report(folder: Path, output: Path | None, overwrite: bool) -> None:
     """Write the report of a folder, by default into the folder, and print where it is."""
+    folder = result_folder(folder)
     file = folder / REPORT if output is None else output
     result, provenance = read_result(folder), read_provenance(folder)
     require_writable_file(file, overwrite)
