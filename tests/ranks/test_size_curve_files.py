@@ -50,9 +50,9 @@ def test_every_size_is_what_the_spectrum_keeps_of_it():
 
 
 def test_the_chosen_size_has_the_chosen_ranks_also_if_layers_had_to_keep_an_adapter():
-    kept = WHOLE.keep(20 * 50, at_least=dict.fromkeys(WHOLE, 1))
+    kept = WHOLE.keep(12 * 50, at_least=dict.fromkeys(WHOLE, 1))
     ranks = WHOLE.ranks_of(kept)
-    assert min(WHOLE.ranks_of(WHOLE.keep(20 * 50)).values()) == 0 < min(ranks.values())
+    assert min(WHOLE.ranks_of(WHOLE.keep(12 * 50)).values()) == 0 < min(ranks.values())
     curve = SizeCurve.of(WHOLE, replace(compression(WHOLE), ranks=ranks))
     [point] = [point for point in curve.points if point.ranks == ranks]
     assert point == WHOLE.point_of(kept)

@@ -2,18 +2,18 @@
 
 import re
 
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
-from .picture import literal
+# The font is measured at a high resolution, at which the rounding of its glyphs to whole dots does not matter.
+_DOTS_PER_INCH = 720
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
     """Width in inches, for a font size in points."""
-    if not text.strip():
-        return 0.0
-    path = TextPath((0, 0), literal(text), size=size, prop=FontProperties(weight=weight))
-    return float(path.get_extents().width) / 72
+    font = get_font(findfont(FontProperties(weight=weight)))
+    font.set_size(size, _DOTS_PER_INCH)
+    font.set_text(text, 0.0)
+    return float(font.get_width_height()[0]) / 64 / _DOTS_PER_INCH  # in 64ths of a dot
 
 
 def wrapped(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
