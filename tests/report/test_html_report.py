@@ -263,6 +263,12 @@ def test_hostile_names_stay_text_beside_the_script():
     json.loads(page.scripts[0])
 
 
+def test_the_same_result_gives_the_same_page():
+    result, curve = compressed()
+    pages = [html_report(result, model="", facts={}, provenance={}, curve=curve) for _ in range(2)]
+    assert pages[0] == pages[1]
+
+
 def test_the_page_needs_nothing_from_outside():
     result, curve = compressed()
     text = html_report(result, model="", facts={}, provenance={}, curve=curve)

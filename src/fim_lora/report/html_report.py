@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from matplotlib import rc_context
 
 from ..ranks.compressed import Compression
 from ..ranks.size_curve import SizeCurve
@@ -109,8 +110,12 @@ def _size_rows(curve: SizeCurve) -> list[list[str]]:
 def _as_data(picture: Picture) -> str:
     """The picture as the URL of an image: a page cannot run what is in it."""
     buffer = BytesIO()
-    # The whole figure and not only what is drawn, whose extent depends on the renderer: `_places` needs it.
-    picture.savefig(buffer, format="svg", bbox_inches=picture.bbox_inches, facecolor="white", metadata={"Date": None})
+    # Without a date, and with names from a fixed salt and not from a random one, a result always gives the same page.
+    with rc_context({"svg.hashsalt": "fim-lora"}):
+        # The whole figure and not only what is drawn, whose extent depends on the renderer: `_places` needs it.
+        picture.savefig(
+            buffer, format="svg", bbox_inches=picture.bbox_inches, facecolor="white", metadata={"Date": None}
+        )
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
