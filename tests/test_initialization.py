@@ -11,6 +11,7 @@ from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
+from fim_lora.runtime import progress
 from helpers.adapters import fim_lora_config, fim_model, logits, lora_layers, randomize, run_own_loop
 from helpers.tiny_models import bert, class_batch, gpt2, llama, lm_batches, names_of, per_example_scores, t5
 
@@ -52,7 +53,9 @@ def test_given_scores_as_floats_tensors_and_with_prefix():
     assert one.scores[names[0]].standard_error is None
 
 
-def test_progress_bar(capfd):
+def test_progress_bar(capfd, monkeypatch):
+    # Without a terminal, a line comes only now and then.
+    monkeypatch.setattr(progress, "_SECONDS_PER_LINE", 0.0)
     initialize_lora_fim_ranks(fim_model(), lm_batches())
     assert "eFIM: 100%" in capfd.readouterr().err
     initialize_lora_fim_ranks(fim_model(), lm_batches(), show_progress_bar=False)

@@ -17,8 +17,10 @@ import quality_training
 import quality_variants
 from helpers import tiny_models
 from helpers.benchmark_runs import CALIBRATION_BATCHES, STEPS, tiny_setting
+from helpers.own_warnings import FEWER_BATCHES
 
 
+@FEWER_BATCHES
 @pytest.mark.parametrize(
     "method", [name for name in quality_training.METHODS if name != quality_methods.UPPER_REFERENCE]
 )

@@ -35,7 +35,7 @@ from helpers.fork_server import run_in_fork
         (["--device", "abacus"], "'--device': 'abacus' cannot be used"),
         (["--score-exponent", 0], "score_exponent must be positive"),
         (["--score-exponent", "nan"], "score_exponent must be positive"),
-        (["-r", 0], "'-r': "),
+        (["-r", 0], "'-r' / '--rank': "),
         (["--batch-size", 0], "'--batch-size': "),
         (["--max-length", 1], "'--max-length': "),
         (["--column", "text"], "'--column': 'text' is not ROLE=NAME"),

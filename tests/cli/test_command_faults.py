@@ -209,7 +209,7 @@ def limited(write):
 
     return run
 
-allocate._write, compress._write = limited(allocate._write), limited(compress._write)
+allocate.write_allocation, compress._write = limited(allocate.write_allocation), limited(compress._write)
 
 for line in sys.stdin:
     limit, arguments = json.loads(line)
@@ -275,13 +275,14 @@ if os.geteuid() == 0:
 if when == "before":
     os.chmod(place, 0o555)
 else:
-    write = module._write
+    name = "_write" if arguments[0] == "compress" else "write_allocation"
+    write = getattr(module, name)
 
     def forbidden(*args):
         os.chmod(place, 0o555)
         return write(*args)
 
-    module._write = forbidden
+    setattr(module, name, forbidden)
 out, err = io.StringIO(), io.StringIO()
 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     code = main(arguments)

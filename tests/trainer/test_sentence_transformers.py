@@ -176,7 +176,7 @@ def test_a_loss_with_its_own_weights_stays_as_it_was(folder, tmp_path):
 
 @SEVERAL_FORWARD_PASSES
 def test_a_training_of_a_sentence_transformer_is_cut(folder, tmp_path):
-    callback = FimCompressionCallback(r=2, at=0.5, num_batches=2)
+    callback = FimCompressionCallback(r=2, at=0.5, num_batches=1)
     trainer = sentence_trainer(
         folder, tmp_path, lora_config=config(r=8, init_lora_weights=True, fim_config=None), callbacks=[callback]
     )
