@@ -22,4 +22,9 @@ def short_name(name: str) -> str:
 def _name_in(provenance: Mapping[str, Any], key: str) -> str:
     entry = provenance.get(key)
     name = entry.get("name") if isinstance(entry, Mapping) else None
-    return short_name(name) if isinstance(name, str) and name.isprintable() else ""
+    if not isinstance(entry, Mapping) or not isinstance(name, str) or not name.isprintable():
+        return ""
+    # Only files have a hash, except for adapters, whose weights may come from the Hub. `folder/data.csv` looks like a
+    # name on the Hub.
+    is_file = key != "adapter" and entry.get("sha256") is not None
+    return short_name(f"./{name}" if is_file else name)
