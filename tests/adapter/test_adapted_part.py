@@ -21,7 +21,7 @@ from helpers.adapters import fim_lora_config, fim_model, hooks_of, ranks_in, run
 from helpers.diagonals import assert_diagonals, diagonals_of_batches
 from helpers.tiny_models import eva_batches, llama, lm_batches, names_of, per_example_scores
 from helpers.trained_adapters import fill, trained
-from helpers.trainers import allocate, arguments, config, examples
+from helpers.trainers import NEWER_TRAINERS, allocate, arguments, config, examples
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 FACTOR = 1.5
@@ -138,6 +138,7 @@ def test_a_spectrum_and_a_compression():
     assert {name: rank for name, rank in result.ranks.items() if rank} == ranks_in(module.encoder)
 
 
+@NEWER_TRAINERS
 def test_a_trainer_over_a_module_that_holds_the_model(tmp_path):
     alone, module = (get_peft_model(llama(), config()) for _ in range(2))
     trainers = [

@@ -81,7 +81,7 @@ def test_saving_before_the_allocation_warns(tmp_path):
     model = fim_model()
     with pytest.warns(FimLoraWarning, match=SAVED) as caught:
         model.save_pretrained(tmp_path)
-    assert len(caught) == 1
+    assert [warning.category for warning in caught].count(FimLoraWarning) == 1
     assert PeftModel.from_pretrained(llama(), tmp_path).peft_config["default"].r == 8
     run_own_loop(model)
     initialize_lora_fim_ranks(model)
