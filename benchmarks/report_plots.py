@@ -10,6 +10,7 @@ from gains import REFERENCE
 from speeds_and_sizes import Size
 
 SHOWN = {
+    "cut-from-fim-ranks": "begin wide with FIM ranks, cut",
     "cut": "begin wide, cut at 20 %",
     "fim-sum-1/2": "FIM ranks, default",
     "fim-rank": "FIM ranks, as proposed",
