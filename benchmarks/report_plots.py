@@ -38,7 +38,7 @@ def plot_gains(settings: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Pa
     """
     panels = _panels(settings)
     plt = _pyplot()
-    size = 2.2 + 1.9 * len(panels), 3.2
+    size = 2.6 + 1.9 * len(panels), 3.4
     figure, axes = plt.subplots(1, max(1, len(panels)), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, (title, methods) in zip(axes[0], panels.items(), strict=False):
         _draw_gains(axis, title, methods)
