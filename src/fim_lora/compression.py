@@ -24,7 +24,7 @@ from .fisher.evaluation import mean_loss
 from .ranks.compressed import Compression
 from .ranks.truncation import Kept, by_layer, keep_within
 from .report.html import html_ranks, html_table
-from .report.matplotlib_extra import needs_matplotlib
+from .report.matplotlib_extra import plot_ranks
 from .runtime.distributed import run_on_all
 from .runtime.optimizer_state import require_optimizer
 from .spectrum import LoraSpectrum, checked_layers
@@ -62,12 +62,7 @@ class LoraCompression(Compression):
             OSError: If the file cannot be written.
             ValueError: If the table of layers is too large, or the suffix is not a known format.
         """
-        with needs_matplotlib():
-            from .report.rank_map import rank_map_figure
-        picture = rank_map_figure(self)
-        if path is not None:
-            picture.write(path)
-        return picture
+        return plot_ranks(self, path)
 
     def _repr_html_(self) -> str:
         return f"{html_table(self.rows(), self.criterion)}\n{html_ranks(self.ranks)}"

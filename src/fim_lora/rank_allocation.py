@@ -15,7 +15,7 @@ from .config import FimConfig
 from .fisher.scores import FimScores
 from .ranks.allocation import Allocation
 from .report.html import html_allocation
-from .report.matplotlib_extra import needs_matplotlib
+from .report.matplotlib_extra import plot_ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,12 +130,7 @@ class RankAllocation(Allocation):
             OSError: If the file cannot be written.
             ValueError: If the table of layers is too large, or the suffix is not a known format.
         """
-        with needs_matplotlib():
-            from .report.rank_map import rank_map_figure
-        picture = rank_map_figure(self)
-        if path is not None:
-            picture.write(path)
-        return picture
+        return plot_ranks(self, path)
 
     def _repr_html_(self) -> str:
         return html_allocation(self)

@@ -17,10 +17,8 @@ import yaml
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 
-from ..ranks.allocation import Allocation
 from ..ranks.compressed import Compression
-
-Result = Allocation | Compression
+from .rank_facts import Result
 
 # A spreadsheet evaluates a cell that starts with one of these as a formula.
 _FORMULA_STARTS = ("=", "+", "-", "@")
