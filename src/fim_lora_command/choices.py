@@ -17,6 +17,6 @@ FORMATS = ("csv", "axolotl", "peft")
 
 ROLES = (
     *("messages", "prompt", "completion", "text", "instruction", "output", "conversations", "label"),
-    *("tools", "chat_template_kwargs", "input", "system"),
+    *("tools", "chat_template_kwargs", "input", "system", "history"),
 )
 """`fim_lora.cli.data.ROLES`: what the columns of the data hold."""

@@ -65,6 +65,11 @@ def test_alpaca_without_the_column_of_inputs_and_under_other_names(tmp_path):
     assert usual(tmp_path, [row], input="context", output="response") == [{"prompt": WITH_INPUT, "completion": "w5"}]
 
 
+def test_alpaca_may_have_the_columns_of_its_relatives_if_they_are_empty(tmp_path):
+    row = {"instruction": "w1 w2", "input": "", "output": "w5", "system": "", "history": []}
+    assert usual(tmp_path, [row]) == [{"prompt": WITHOUT_INPUT, "completion": "w5"}]
+
+
 def test_only_the_output_of_alpaca_counts_in_the_loss(tmp_path):
     data = load(tmp_path, [{"instruction": "w1 w2", "input": "", "output": "w5 w6 </s>"}])
     [example] = tokenize(data, word_tokenizer(), 1, 100, 0, show_progress_bar=False).examples
@@ -115,6 +120,8 @@ def test_sharegpt_may_have_a_system_message_beside_and_messages_of_templates(tmp
         ({"instruction": "", "output": "w1"}, "The instruction of row 1 of .* is empty"),
         ({"instruction": "w1", "output": None}, "The output of row 1 of .* is missing"),
         ({"instruction": "w1", "input": 3, "output": "w1"}, "The input of row 1 of .* is not text but int"),
+        ({"instruction": "w1", "output": "w2", "history": [["w3", "w4"]]}, "row 1 of .* has a history, for which"),
+        ({"instruction": "w1", "output": "w2", "system": "w3"}, "row 1 of .* has a system, for which"),
         ({"conversations": "w1"}, "The conversations of row 1 of .* are not a list"),
         (turns(("narrator", "w1")), "has a turn from 'narrator'; known are human, user, gpt"),
         (turns(("human", None)), "has a turn without text"),

@@ -1,6 +1,5 @@
 """Damage to JSON files, drawn by hypothesis: the same for every file format of the project."""
 
-import copy
 import json
 
 from hypothesis import strategies as st
@@ -45,8 +44,8 @@ def with_changed_values(text, data, values):
         if isinstance(parent, dict) and data.draw(st.booleans()):
             parent[data.draw(st.sampled_from(HOSTILE_NAMES))] = parent.pop(last)
         else:
-            # A copy, because the next change may be inside of it.
-            parent[last] = copy.deepcopy(data.draw(values))
+            # A copy, because the next change may be inside of it. `copy.deepcopy` would recurse once for each level.
+            parent[last] = json.loads(json.dumps(data.draw(values)))
     return json.dumps(content).encode()
 
 

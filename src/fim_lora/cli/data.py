@@ -31,7 +31,7 @@ _FORMATS: Mapping[Task, tuple[tuple[str, ...], ...]] = {
 # Roles that a format may have besides; those of messages as in TRL.
 _OPTIONAL: Mapping[tuple[str, ...], tuple[str, ...]] = {
     ("messages",): ("tools", "chat_template_kwargs"),
-    ("instruction", "output"): ("input",),
+    ("instruction", "output"): ("input", "system", "history"),
     ("conversations",): ("tools", "chat_template_kwargs", "system"),
 }
 ROLES = tuple(

@@ -44,6 +44,12 @@ def in_usual_form(row: Row) -> Row:
 
 
 def _alpaca_prompt(row: Row) -> str:
+    for role in ("system", "history"):  # LLaMA-Factory adds them
+        if row.values.get(role):
+            raise CommandError(
+                f"{row.place} has a {role}, for which the prompt of Alpaca has no place: give the conversations as "
+                "messages with role and content."
+            )
     instruction = text_of(row, "instruction")
     if row.values.get("input") in (None, ""):
         return _ALPACA.format(instruction=instruction)
