@@ -5,6 +5,8 @@ import shlex
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from typer.main import get_command
@@ -20,6 +22,8 @@ from helpers.documentation import (
     awaiting_config,
     awaiting_model,
     blocks,
+    classified_sentences,
+    classifier,
     load_model,
     pages,
     run_page,
@@ -30,6 +34,7 @@ from helpers.documentation import (
     trained_model,
     write_data,
 )
+from helpers.trained_adapters import fill
 
 # TRL trains without a GPU only if it is told so.
 SMALL = {"max_steps=500": "max_steps=50, use_cpu=True, report_to='none'"}
@@ -98,7 +103,8 @@ def trained_names(model, adapter):
 
 
 def test_during_training(run, model, adapter):
-    names = run("docs/during.md", lambda: trained_names(model, adapter) | {"dataset": text_dataset()})
+    data = {"dataset": text_dataset(), "classifier": classifier(model), "classified_sentences": classified_sentences()}
+    names = run("docs/during.md", lambda: trained_names(model, adapter) | data)
     assert names["callback"].cut_at_step == 10  # a fifth of the steps
     assert names["callback"].compression.num_parameters < names["callback"].compression.num_parameters_before
 
@@ -128,12 +134,15 @@ def test_training_guide(run, model):
 def test_serving(run, model, tmp_path):
     def names():
         adapted, allocation = allocated(model)
+        fill(adapted)
         return {"model": adapted, "allocation": allocation, "folder": tmp_path / "served"}
 
     names = run("docs/serving.md", names)
-    assert names["allocation"].to_lora_config(names["model"].peft_config["default"], serving=True).r == max(
-        names["allocation"].ranks.values()
-    )
+    served = LoraConfig.from_pretrained(tmp_path / "served")
+    config = names["model"].peft_config["default"]
+    assert served.r == config.r == max(names["allocation"].ranks.values())
+    scalings = {layer.scaling["default"] for layer in names["model"].modules() if isinstance(layer, LoraLayer)}
+    assert scalings == {config.lora_alpha / config.r}
 
 
 def test_command_line(run, tmp_path):

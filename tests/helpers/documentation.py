@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fim_lora import FimConfig, initialize_lora_fim_ranks
 from fim_lora_command import main
@@ -141,3 +141,13 @@ def allocated(folder):
 
 def text_dataset():
     return Dataset.from_dict({"text": texts(64)})
+
+
+def classifier(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
+
+
+def classified_sentences(length=12):
+    """Rows of token ids of the tiny model, each with a class."""
+    rows = torch.cat([batch["input_ids"] for batch in text_batches(batch_size=8, length=length)])
+    return [{"input_ids": row, "labels": number % 3} for number, row in enumerate(rows)]

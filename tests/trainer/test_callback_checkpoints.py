@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from fim_lora import FimCompressionCallback
+from fim_lora import FimCompressionCallback, FimConfig, initialize_lora_fim_ranks_for_trainer
 from helpers.adapters import hooks_of, logits, ranks_in
 from helpers.stock_peft import stock
 from helpers.tiny_models import llama
@@ -96,6 +96,22 @@ def test_resuming_ends_where_an_uninterrupted_training_ends(finished, tmp_path, 
     logs = [[log["loss"] for log in one.state.log_history if "loss" in log] for one in (trainer, finished[0])]
     assert logs[0] == pytest.approx(logs[1], rel=1e-6)
     assert hooks_of(trainer.model) == []
+
+
+@pytest.mark.parametrize("step", [CUT_STEP - 3, AFTER])
+def test_resuming_with_fim_ranks_for_the_wide_adapter(tmp_path, step):
+    def trained(folder, checkpoint=None):
+        fim_ranks = {"init_lora_weights": "fim", "fim_config": FimConfig(score="mean", fim_calibration_batches=2)}
+        trainer = trainer_of(folder, [FimCompressionCallback(**CUT)], wide_model(**fim_ranks))
+        allocation = initialize_lora_fim_ranks_for_trainer(trainer, resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.model, allocation
+
+    model, allocation = trained(tmp_path / "whole")
+    assert len(set(allocation.ranks.values())) > 1
+    resumed_model, again = trained(tmp_path / "resumed", str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert again.ranks == allocation.ranks
+    same_weights(resumed_model, model, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("step", [CUT_STEP - 3, AFTER])

@@ -69,7 +69,7 @@ def require_compressible(
     if config.peft_type != PeftType.LORA:
         raise ValueError(
             f"Adapter {adapter_name!r} is a {type(config).__name__} adapter, which is not plain LoRA: convert it, for "
-            "example with `peft.convert_to_lora`, and compress that."
+            "example with `peft.convert_to_lora` (PEFT 0.19 or newer), and compress that."
         )
     if awaits_ranks(config):
         raise ValueError(
@@ -119,7 +119,8 @@ def _require_plain_lora(name: str, layer: LoraLayer, adapter_name: str) -> None:
         if variant is not None or part.use_dora.get(adapter_name):
             raise ValueError(
                 f"Layer {name!r} has a variant of LoRA ({kind}), which does more than add B A to the weight. Convert "
-                "it to plain LoRA first, for example with `peft.convert_to_lora`, and compress that."
+                "it to plain LoRA first, for example with `peft.convert_to_lora` (PEFT 0.19 or newer), and compress "
+                "that."
             )
 
 
