@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.func import functional_call
 
 from fim_lora import compress_lora, get_lora_spectrum
@@ -321,6 +321,18 @@ def test_the_loss_of_batches_has_the_weight_of_their_labels():
 
 
 # --- What does not change ---
+
+
+def test_an_adapter_with_the_same_config_object_keeps_its_config():
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    model = get_peft_model(llama(1), config, "one")
+    model.add_adapter("two", config)
+    for name in ("one", "two"):
+        fill(model, name)
+    before = copy.deepcopy(config.to_dict())
+    compress_lora(model, get_lora_spectrum(model, None, adapter_name="one"), keep=0.5)
+    assert model.peft_config["two"].to_dict() == model.base_model.peft_config["two"].to_dict() == before
+    assert model.peft_config["one"].r == model.base_model.peft_config["one"].r == 2
 
 
 def test_everything_else_stays():

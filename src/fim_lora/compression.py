@@ -16,8 +16,9 @@ from torch import nn
 from .adapter.adapted_part import adapted_part
 from .adapter.checks import require_active, require_unsharded
 from .adapter.patterns import write_pattern
-from .adapter.pending_config import lora_config_of, require_own_config
+from .adapter.pending_config import lora_config_of
 from .adapter.plain_adapter import fingerprints
+from .adapter.removal import layers_to_keep
 from .adapter.truncate import CoreMap, config_after_truncation, core_map, truncate_adapter, truncated_weights
 from .fisher.calibration import ForwardFn
 from .fisher.evaluation import mean_loss
@@ -128,7 +129,7 @@ def compress_lora(
     size = _checked_size(keep, r, max_loss_increase, eval_dataloader, r_max)
     name = spectrum.adapter_name
     part, config, layers = run_on_all(lambda: _checked_for_truncation(model, spectrum))
-    at_least = dict.fromkeys(spectrum, 1) if _bias_needs_adapter(config) else {}
+    at_least = dict.fromkeys(layers_to_keep(layers, name, config), 1)
     loss = None
     if eval_dataloader is not None:
         require_active(layers, name)
@@ -192,7 +193,7 @@ def measure_sizes(
     """
     _, config, layers = run_on_all(lambda: _checked_for_truncation(model, spectrum))
     require_active(layers, spectrum.adapter_name)
-    at_least = dict.fromkeys(spectrum, 1) if _bias_needs_adapter(config) else {}
+    at_least = dict.fromkeys(layers_to_keep(layers, spectrum.adapter_name, config), 1)
     batches = _readable_again(eval_dataloader)
     loss = _MeasuredLoss(model, layers, spectrum, batches, forward_fn, show_progress_bar)
     selections = [spectrum.keep(size, r_max=r_max, at_least=at_least) for size in sizes]
@@ -258,7 +259,6 @@ def _checked_for_truncation(
     name = spectrum.adapter_name
     part = adapted_part(model, name)
     config = lora_config_of(part, name)
-    require_own_config(part, name, config)
     layers = checked_layers(part, name)
     require_unsharded(
         part, layers, "Load it into a model that is not sharded: the spectrum is right for that one, too"
@@ -276,11 +276,6 @@ def _checked_for_truncation(
                 "Measure it again with `get_lora_spectrum`."
             )
     return part, config, layers
-
-
-def _bias_needs_adapter(config: LoraConfig) -> bool:
-    """Whether a layer that lost its adapter would lose a trained bias when the adapter is saved."""
-    return bool(config.lora_bias) or config.bias == "lora_only"
 
 
 def _choose(
@@ -330,8 +325,9 @@ def _require_kept(spectrum: LoraSpectrum, kept: Kept, at_least: Mapping[str, int
     missing = [name for name, number in at_least.items() if len(kept[name]) < number]
     if missing:
         raise ValueError(
-            f"Layer {missing[0]!r} would lose its adapter, and with it its trained bias (bias='lora_only' or "
-            f"lora_bias): {size[0]}={size[1]:g} is too small for one rank in each layer. Keep more."
+            f"Layer {missing[0]!r} would lose its adapter, and with it a trained bias (bias='lora_only' or lora_bias) "
+            f"or the place of another adapter: {size[0]}={size[1]:g} is too small for one rank in each such layer. "
+            "Keep more."
         )
 
 

@@ -78,7 +78,7 @@ def sft_trainer_of(folder, callbacks, **options):
     )
 
 
-def dpo_trainer_of(folder, callbacks, **options):
+def dpo_trainer_of(folder, callbacks, model=None, **options):
     torch.manual_seed(3)
     options = {"max_steps": STEPS, "save_steps": 3} | options
     words = texts(3 * NUM_EXAMPLES, 4)
@@ -88,11 +88,11 @@ def dpo_trainer_of(folder, callbacks, **options):
         "rejected": [f" {text}" for text in words[2 * NUM_EXAMPLES :]],
     }
     return DPOTrainer(
-        model=llama(),
+        model=llama() if model is None else model,
         args=arguments(folder, DPOConfig, bf16=False, gradient_checkpointing=False, **options),
         train_dataset=Dataset.from_dict(rows),
         processing_class=word_tokenizer(),
-        peft_config=wide_config(),
+        peft_config=wide_config() if model is None else None,
         callbacks=callbacks,
     )
 

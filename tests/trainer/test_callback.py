@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fim_lora import FimCompressionCallback, FimConfig, compress_lora, initialize_lora_fim_ranks_for_trainer
-from helpers.adapters import hooks_of, logits, ranks_in
+from helpers.adapters import hooks_of, logits, lora_layers, ranks_in
 from helpers.own_warnings import UNCERTAIN_ROWS
 from helpers.tiny_models import llama
 from helpers.trained_adapters import spectrum_by_gates
@@ -123,6 +123,18 @@ def test_an_example_of_dpo_is_a_pair(tmp_path):
     )
     assert compress_lora(reference, spectrum, r=NARROW).ranks == callback.compression.ranks
     assert callback.compression.criterion == "Fisher information of 4 examples in 2 batches"
+
+
+def test_dpo_of_an_adapter_whose_reference_has_the_same_config_object(tmp_path):
+    callback = FimCompressionCallback(**CUT)
+    trainer = dpo_trainer_of(tmp_path, [callback], wide_model())
+    assert trainer.model.peft_config["ref"] is trainer.model.peft_config["default"]
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert trainer.model.peft_config["ref"].r == WIDE
+    assert trainer.model.peft_config["default"].r == max(callback.compression.ranks.values())
+    ranks = {name: layer.r["ref"] for name, layer in lora_layers(trainer.model).items()}
+    assert ranks == dict.fromkeys(ranks, WIDE)
 
 
 @pytest.mark.parametrize("make", [trainer_of, sft_trainer_of, dpo_trainer_of])

@@ -14,6 +14,19 @@ from .lora_layers import layers_rebuilt_together
 from .targets import resolve_targets
 
 
+def layers_to_keep(layers: Mapping[str, LoraLayer], adapter_name: str, config: LoraConfig) -> list[str]:
+    """The layers that cannot lose the adapter, however little it is worth there.
+
+    A trained bias would be lost when the adapter is saved. A parameter that another adapter adapts, too, cannot lose
+    its wrapper, because PEFT distinguishes parameters by the order in which they are wrapped.
+    """
+    if config.lora_bias or config.bias == "lora_only":
+        return list(layers)
+    return [
+        name for name, layer in layers.items() if isinstance(layer, ParamWrapper) and set(layer.r) - {adapter_name}
+    ]
+
+
 def require_removable(
     model: nn.Module, adapter_name: str, removed: Mapping[str, LoraLayer], kept: Iterable[str], config: LoraConfig
 ) -> None:

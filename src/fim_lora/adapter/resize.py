@@ -88,8 +88,16 @@ def resize_adapter(
     if removed:
         remove_adapter(model, removed, adapter_name, new_config.bias)
     torch.clear_autocast_cache()  # an autocast around the call keeps casts of the weights before
-    # In place, because the model and its tuner share the object.
-    lora_config_of(model, adapter_name).__dict__.update(new_config.__dict__)
+    _adopt(model, adapter_name, new_config)
+
+
+def _adopt(model: Any, adapter_name: str, new_config: LoraConfig) -> None:
+    """Make `new_config` the adapter's config, in place, because the model and its tuner share the object."""
+    config = lora_config_of(model, adapter_name)
+    for name, other in model.peft_config.items():
+        if other is config and name != adapter_name:  # TRL's DPOTrainer adds its reference in this way
+            model.peft_config[name] = copy.copy(config)
+    config.__dict__.update(new_config.__dict__)
 
 
 def _require_usable(factors: Mapping[str, Sequence[Factors]], kept: Iterable[str], config: LoraConfig) -> None:
