@@ -142,6 +142,50 @@ def test_a_module_that_does_not_repeat_itself_is_an_error():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_batch_that_is_not_finite_is_left_out():
+    config = LoraConfig(target_modules=[], target_parameters=TARGETS, fim_config=FimConfig(3))
+    first, last = batches_of(floats(7, WIDTH))
+    damaged = first | {"x": first["x"].clone()}
+    damaged["x"][0, 0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="1 of 3 calibration batches"):
+        scores = get_fim_scores(Mixture(), [first, damaged, last], config, show_progress_bar=False)
+    assert scores.num_skipped_batches == 1
+    for name in TARGETS:
+        assert_score(scores[name], per_example_truth(Mixture(), [first, last], [name], by_row))
+
+
+class MaskingRouter(Router):
+    """Masks the logits of the experts that were not chosen, as router losses want them."""
+
+    def forward(self, hidden):
+        logits, scores, index = super().forward(hidden)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, True)
+        return logits.masked_fill(~chosen, -torch.inf), scores, index
+
+
+class MaskedMixture(Mixture):
+    def __init__(self):
+        super().__init__()
+        self.router = MaskingRouter(3)
+
+    def forward(self, x, target):
+        h = torch.tanh(self.first(x)).flatten(0, 1)
+        logits, scores, index = self.router(h)
+        y = self.experts(h, index, scores).unflatten(0, x.shape[:2])
+        y = y + logits.logsumexp(-1).unflatten(0, x.shape[:2])[..., None]
+        return {"loss": (torch.tanh(y) - target[:, None, None]).square().flatten(1).sum(1).mean()}
+
+
+@FEWER_BATCHES
+def test_outputs_may_be_masked_by_minus_infinity():
+    batches = batches_of(floats(7, WIDTH))
+    config = LoraConfig(target_modules=[], target_parameters=["router.weight"])
+    scores = get_fim_scores(MaskedMixture(), batches, config, show_progress_bar=False)
+    assert scores.num_skipped_batches == 0
+    truth = per_example_truth(MaskedMixture(), batches, ["router.weight"], by_row)
+    assert_score(scores["router.weight"], truth)
+
+
 @FEWER_BATCHES
 def test_an_expert_without_tokens_and_an_example_without_a_gradient():
     class Masked(Mixture):
