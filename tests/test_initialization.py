@@ -5,15 +5,28 @@ import inspect
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.state import GradientState
 from peft import PeftModel, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights, inject_adapter_in_model
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.runtime import progress
 from helpers.adapters import fim_lora_config, fim_model, logits, lora_layers, randomize, run_own_loop
-from helpers.tiny_models import bert, class_batch, gpt2, llama, lm_batches, names_of, per_example_scores, t5
+from helpers.tiny_models import (
+    bert,
+    class_batch,
+    eva_batches,
+    gpt2,
+    llama,
+    lm_batches,
+    names_of,
+    per_example_scores,
+    t5,
+)
 
 # --- The three sources of scores ---
 
@@ -75,6 +88,20 @@ def test_forward_fn_decides_the_loss():
     for name in plain.ranks:
         assert tripled.scores[name].mean == pytest.approx(9 * plain.scores[name].mean, rel=1e-5)
     assert tripled.ranks == plain.ranks
+
+
+@pytest.mark.parametrize(("batches", "options"), [(lm_batches, {}), (eva_batches, {"init_lora_weights": "eva"})])
+def test_accelerate_does_not_wait_for_the_rest_of_a_dataloader(batches, options):
+    dataloader = prepare_data_loader(DataLoader(batches() * 4, batch_size=None), put_on_device=False)
+    allocation = initialize_lora_fim_ranks(fim_model(**options), dataloader, show_progress_bar=False)
+    assert allocation.scores.num_batches < len(dataloader)
+    assert not GradientState().in_dataloader
+    # One that the caller is in the middle of stays so.
+    for _ in dataloader:
+        initialize_lora_fim_ranks(fim_model(), lm_batches(), show_progress_bar=False)
+        assert GradientState().active_dataloader is dataloader
+        break
+    dataloader.end()
 
 
 def test_arguments_come_in_the_order_of_those_of_eva():

@@ -23,6 +23,7 @@ from .fisher.scores import FimScores, LayerScore
 from .rank_allocation import RankAllocation
 from .runtime.distributed import gather_from_all, run_on_all
 from .runtime.flags import frozen_eval_mode
+from .runtime.unfinished_dataloaders import unfinished_dataloaders_ended
 from .scoring import calibrated_scores
 
 
@@ -105,7 +106,7 @@ def initialize_lora_fim_ranks(
     factors = {}
     if _uses_eva(config):
         batches, run = cast(Iterable[Any], dataloader), _on_whole(model, forward_fn or forward_fn_default)
-        with lora_layers_disabled(model, part), frozen_eval_mode(model):
+        with unfinished_dataloaders_ended(), lora_layers_disabled(model, part), frozen_eval_mode(model):
             directions = eva_directions(
                 part, layers, adapter_name, allocation.ranks, config, batches, run, show_progress_bar
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..runtime.distributed import batches_in_lockstep, gather_from_all, num_processes
 from ..runtime.flags import frozen_eval_mode
 from ..runtime.progress import progress_bar
+from ..runtime.unfinished_dataloaders import unfinished_dataloaders_ended
 from ..runtime.user_warnings import warn_user
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
 from .doubts import NAME_THE_LABELS
@@ -107,6 +108,7 @@ def calibrate(
             loss.backward()
 
     with (
+        unfinished_dataloaders_ended(),
         frozen_eval_mode(model),
         torch.compiler.set_stance("force_eager"),  # compiled code would not call the hooks
         torch.enable_grad(),

@@ -160,10 +160,6 @@ def _training_batches(trainer: Trainer) -> Iterator[Any]:
     finally:
         for name, value in metrics.items():
             setattr(trainer, name, value)
-        # Otherwise Accelerate would treat the trainer as being in the middle of these batches.
-        state = trainer.accelerator.gradient_state
-        if any(reference is dataloader for reference in state.dataloader_references):
-            dataloader.end()
 
 
 @contextmanager
