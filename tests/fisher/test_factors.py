@@ -28,7 +28,6 @@ from helpers.trained_adapters import (
     losses_of_tokens,
     measured,
     trained,
-    without_first_label,
 )
 
 
@@ -136,8 +135,6 @@ ARCHITECTURES = {
 def test_whole_models(architecture):
     make, targets = ARCHITECTURES[architecture]
     batches = [class_batch(seed=seed) for seed in range(2)] if architecture == "bert" else lm_batches(2)
-    if architecture in ("llama", "gpt2"):
-        batches = [without_first_label(batch) for batch in batches]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about Conv1D
         model = trained(make(), target_modules=targets)
@@ -153,7 +150,7 @@ def test_whole_models(architecture):
 
 
 def test_experts_of_transformers():
-    batches = [without_first_label(batch) for batch in lm_batches(2)]
+    batches = lm_batches(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns about a name that two layers have
         model = trained(qwen3_moe(), target_modules=["q_proj"], target_parameters=STACKED, r=2)

@@ -67,13 +67,6 @@ def spectrum_of(model, data=None, **options):
     return get_lora_spectrum(model, data, num_batches=len(data), show_progress_bar=False, **options)
 
 
-def without_first_label(batch):
-    """The first label of a language model is no term of its loss, because nothing comes before it."""
-    labels = batch["labels"].clone()
-    labels[:, 0] = -100
-    return batch | {"labels": labels}
-
-
 def keep_call(seen, module, args, output):
     """A forward hook, after `functools.partial`: it keeps the input, and the output with its gradient."""
     output.retain_grad()

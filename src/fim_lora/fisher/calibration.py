@@ -97,7 +97,7 @@ def calibrate(
         batch = send_to_device(batch, device_of(model))
         rows = batch_size_of(batch, getattr(model, "main_input_name", None))
         size = None if rows.examples is None else rows.examples // sequences_per_example
-        with recorder.batch(size, sequences_per_example, counts, loss_terms_of(batch, size)):
+        with recorder.batch(size, sequences_per_example, counts, loss_terms_of(batch, size, model)):
             recorder.note_batch_size(rows)
             probe.begin_batch(batch, device_of(model))
             loss = loss_of(forward_fn(model, batch))

@@ -25,8 +25,8 @@ def mean_loss(
 ) -> float:
     """The mean loss over all batches of all processes, each batch with the weight of its loss terms.
 
-    The terms of a batch are its labels that are not -100, for labels of tokens, and otherwise its examples. The
-    training mode of the model is restored.
+    The terms of a batch are its labels that are not -100, for labels of tokens, and otherwise its examples; see
+    `loss_terms_of`. The training mode of the model is restored.
 
     Raises:
         TypeError: If the output holds no loss.
@@ -41,7 +41,8 @@ def mean_loss(
     def run(batch: Any, counts: bool) -> None:
         nonlocal total, terms
         batch = send_to_device(batch, device_of(model))
-        size = loss_terms_of(batch, batch_size_of(batch, getattr(model, "main_input_name", None)).examples) or 1
+        examples = batch_size_of(batch, getattr(model, "main_input_name", None)).examples
+        size = loss_terms_of(batch, examples, model) or 1
         loss = float(loss_in(forward_fn(model, batch)))
         if not math.isfinite(loss):
             raise ValueError(f"The loss of a batch of `eval_dataloader` is {loss}: look for batches without labels.")

@@ -51,16 +51,29 @@ def batch_size_of(batch: Any, main_input_name: Any = None) -> BatchSize:
     return BatchSize(shapes[0][0], len({shape[0] for shape in shapes}) == 1)
 
 
-def loss_terms_of(batch: Any, batch_size: int | None) -> int | None:
+def loss_terms_of(batch: Any, batch_size: int | None, model: Any = None) -> int | None:
     """Number of terms that the loss of a batch is the mean of, or `batch_size` where the batch does not show it.
 
     Integer labels of two or more dimensions, as `transformers` models take them, have one term for each label that is
-    not -100.
+    not -100. The first label of a sequence is no term where the model predicts each label from the positions before.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim < 2:
         return batch_size
+    if _shifts_labels(model):
+        labels = labels[:, 1:]
     return int((labels != -100).sum()) or batch_size
+
+
+def _shifts_labels(model: Any) -> bool:
+    """Whether the loss of a `transformers` model is that of the next token, as far as its class shows it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return False
+    kind = getattr(base, "loss_type", None)
+    if kind is None:
+        return type(base).__name__.endswith("LMHeadModel")
+    return kind in ("ForCausalLM", "ForConditionalGeneration")
 
 
 def _names(main_input_name: Any) -> tuple[str, ...]:
