@@ -370,12 +370,17 @@ def test_everything_else_stays():
     assert a_of(first).shape[0] == next(iter(result.ranks.values()))
 
 
-def test_layers_that_lose_their_adapter_are_plain_again():
-    model = every_type()
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_layers_that_lose_their_adapter_are_plain_again(options):
+    model = every_type(**options)
     spectrum = spectrum_of(model, batches())
     types = {name: type(layer.get_base_layer()) for name, layer in lora_layers_of(model).items()}
-    result = compress_lora(model, spectrum, keep=0.1)
+    alphas = {name: layer.lora_alpha["default"] for name, layer in lora_layers_of(model).items()}
+    result = compress_lora(model, spectrum, keep=0.1, serving=True)
     assert len(result.dropped_layers) >= 4
+    assert {name: result.alphas[name] for name in result.dropped_layers} == {
+        name: pytest.approx(alphas[name]) for name in result.dropped_layers
+    }
     base = model.get_base_model()
     for name in result.dropped_layers:
         if name.startswith("experts"):

@@ -66,7 +66,11 @@ def test_the_command_on_a_gguf_file(smollm2, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--model", str(gguf_file()), "--data", str(data), "-r", "4", "--output", str(out), *sizes]
     assert main(["allocate", *arguments]) == 0
-    assert "230,016 of 230,400 parameters used" in capsys.readouterr().out
+    # The docstrings, and with them the ranks, differ between versions of Python.
+    ranks = RankAllocation.load(out / "fim_allocation.json").ranks
+    used = sum(rank * sum(smollm2[0].get_submodule(name).weight.shape) for name, rank in ranks.items())
+    assert 229_000 < used <= 230_400
+    assert f"{used:,} of 230,400 parameters used" in capsys.readouterr().out
     # In 60 layers, q_proj and v_proj, PEFT's defaults for Llama.
     config = LoraConfig.from_pretrained(str(out))
     assert config.target_modules == {"q_proj", "v_proj"}

@@ -142,8 +142,9 @@ def compress_lora(
     ranks = spectrum.ranks_of(kept)
     scalings = {layer: one.scaling for layer, one in spectrum.items()}
     if serving:
-        scalings = dict.fromkeys(spectrum, config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r))
-    new_config, alphas = config_after_truncation(config, ranks, scalings, serving)
+        shared = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+        scalings |= {layer: shared for layer, rank in ranks.items() if rank}
+    new_config, alphas = config_after_truncation(config, ranks, spectrum.ranks, scalings, serving)
     maps = _maps(spectrum, kept, scalings)
     truncate_adapter(part, layers, name, maps, alphas, new_config, inner)
     return LoraCompression(

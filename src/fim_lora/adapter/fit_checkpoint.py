@@ -90,9 +90,10 @@ class _FitToCheckpoint:
             for one in weights_of(layer, self.adapter_name)
             for weight in (one.a, one.b)
         }
+        ranks_before = {name: layer.r[self.adapter_name] for name, layer in layers.items()}
         scalings = {name: float(layer.scaling[self.adapter_name]) for name, layer in layers.items()}
         config = lora_config_of(model, self.adapter_name)
-        new_config, alphas = config_after_truncation(config, ranks, scalings, serving=False)
+        new_config, alphas = config_after_truncation(config, ranks, ranks_before, scalings, serving=False)
         resize_adapter(model, layers, self.adapter_name, ranks, alphas, new_config)
         if self.optimizer is not None:
             set_state(self.optimizer, {}, removed)

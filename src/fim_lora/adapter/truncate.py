@@ -119,15 +119,21 @@ def truncated_weights(
 
 
 def config_after_truncation(
-    config: LoraConfig, ranks: Mapping[str, int], scalings: Mapping[str, float], serving: bool
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    ranks_before: Mapping[str, int],
+    scalings: Mapping[str, float],
+    serving: bool,
 ) -> tuple[LoraConfig, dict[str, float]]:
     """The config of the truncated adapter and the `lora_alpha` of every layer, for these scalings.
 
     Its global `r` is the largest rank and its global `lora_alpha` that of a layer of this rank, so a server that reads
     only these accepts the adapter. The initialization becomes PEFT's default, which needs nothing when the adapter is
-    loaded. Raises as `config_with_ranks`.
+    loaded. The `lora_alpha` of a layer of rank 0 is that of its rank before. Raises as `config_with_ranks`.
     """
-    alphas = {name: _alpha(scalings[name], rank, config.use_rslora) for name, rank in ranks.items()}
+    alphas = {
+        name: _alpha(scalings[name], rank or ranks_before[name], config.use_rslora) for name, rank in ranks.items()
+    }
     largest = max(ranks, key=lambda name: ranks[name])
     base = copy.deepcopy(config)
     base.r, base.lora_alpha = ranks[largest], alphas[largest]
@@ -138,7 +144,7 @@ def config_after_truncation(
 
 
 def _alpha(scaling: float, rank: int, use_rslora: bool) -> float:
-    alpha = scaling * (math.sqrt(rank) if use_rslora else rank) if rank else scaling
+    alpha = scaling * (math.sqrt(rank) if use_rslora else rank)
     # PEFT documents `lora_alpha` as an integer, and some readers of the config require one.
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha
 

@@ -112,6 +112,9 @@ def _bounds(
     steps: Ints,
 ) -> tuple[Ints, Ints]:
     """Smallest and largest rank of each layer, as multiples of its step."""
+    for name, bound in (("r_min", r_min), ("r_max", r_max)):
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, np.integer))):
+            raise ValueError(f"{name} must be an integer, got {bound!r}.")
     if r_min < 0:
         raise ValueError(f"r_min must not be negative, got {r_min}.")
     lower = np.full(len(names), r_min, dtype=np.int64)
