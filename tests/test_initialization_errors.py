@@ -120,10 +120,26 @@ def test_infeasible_bounds_name_a_layer(bounds):
 
 
 def test_given_layer_scores_keep_their_errors():
-    scores = FimScores({name: LayerScore(1.0, 0.5, 7, (24, 24)) for name in NAMES}, num_batches=2)
+    base = llama()
+    shapes = {name: tuple(base.get_submodule(name).weight.shape) for name in NAMES}
+    scores = FimScores({name: LayerScore(1.0, 0.5, 7, shape) for name, shape in shapes.items()}, num_batches=2)
     allocation = initialize_lora_fim_ranks(fim_model(), fim_scores=scores)
     assert (allocation.num_batches, allocation.num_examples) == (2, 7)
     assert allocation.scores[NAMES[0]].standard_error == 0.5
+
+
+def test_scores_of_a_model_with_other_shapes_are_refused_and_their_means_are_not():
+    wider = llama(head_dim=8)
+    scores = get_fim_scores(wider, lm_batches(), fim_model().peft_config["default"], show_progress_bar=False)
+    model = fim_model()
+    before = state_of(model)
+    message = rf"'{NAMES[0]}' was measured on another layer: its shape is \(32, 24\), and .* is \(24, 24\)"
+    with pytest.raises(ValueError, match=message):
+        initialize_lora_fim_ranks(model, fim_scores=scores)
+    assert state_of(model) == before
+    allocation = initialize_lora_fim_ranks(model, fim_scores=scores.means)
+    trained = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
+    assert allocation.num_parameters == trained
 
 
 def test_two_adapters_of_one_config_object_are_refused():

@@ -166,21 +166,37 @@ def _checked_scores(given: Mapping[str, LayerScore | float | Tensor], layers: Ma
 
 def _checked_score(name: str, score: LayerScore | float | Tensor, layer: LoraLayer) -> LayerScore:
     if isinstance(score, LayerScore):
+        _require_same_layer(name, score, _score_of(name, layer, 0.0))
         return score
     mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
     try:
-        weight = target_layer(name, layer).weight_shape
-        return LayerScore(
-            mean,
-            None,
-            num_examples=0,
-            shape=(weight.d_out, weight.d_in),
-            parameters_per_rank=weight.parameters_per_rank,
-            rank_step=weight.rank_step,
-            num_entries=weight.num_entries,
-        )
+        return _score_of(name, layer, mean)
     except ValueError as error:
         raise ValueError(f"The score of layer {name!r} cannot be used: {error}") from error
+
+
+def _score_of(name: str, layer: LoraLayer, mean: float) -> LayerScore:
+    """A score that was not measured, for a layer of this form."""
+    weight = target_layer(name, layer).weight_shape
+    return LayerScore(
+        mean,
+        None,
+        num_examples=0,
+        shape=(weight.d_out, weight.d_in),
+        parameters_per_rank=weight.parameters_per_rank,
+        rank_step=weight.rank_step,
+        num_entries=weight.num_entries,
+    )
+
+
+def _require_same_layer(name: str, score: LayerScore, expected: LayerScore) -> None:
+    for field in ("shape", "parameters_per_rank", "rank_step", "num_entries"):
+        if getattr(score, field) != getattr(expected, field):
+            raise ValueError(
+                f"The score of layer {name!r} was measured on another layer: its {field} is {getattr(score, field)}, "
+                f"and that of this model is {getattr(expected, field)}. Measure the scores on this model, or pass "
+                "`scores.means`."
+            )
 
 
 def _uses_eva(config: LoraConfig) -> bool:

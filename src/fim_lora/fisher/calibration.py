@@ -115,8 +115,7 @@ def calibrate(
         recorder.recording(),
         progress_bar(total=num_batches, description="eFIM", unit="batch", show=show_progress_bar) as progress,
     ):
-        turns = enumerate(batches_in_lockstep(dataloader, num_batches, with_stand_ins=in_lockstep))
-        for turn, (batch, is_own, number) in turns:
+        for turn, (batch, is_own, number) in enumerate(batches_in_lockstep(dataloader, num_batches, in_lockstep)):
             if enough is not None and _is_power_of_two(turn) and enough(recorder.merged_statistic()):
                 break
             before_batch(number)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..orders import tensors_of
 
@@ -51,7 +52,7 @@ def batch_size_of(batch: Any, main_input_name: Any = None) -> BatchSize:
     return BatchSize(shapes[0][0], len({shape[0] for shape in shapes}) == 1)
 
 
-def loss_terms_of(batch: Any, batch_size: int | None, model: Any = None) -> int | None:
+def loss_terms_of(batch: Any, batch_size: int | None, model: nn.Module) -> int | None:
     """Number of terms that the loss of a batch is the mean of, or `batch_size` where the batch does not show it.
 
     Integer labels of two or more dimensions, as `transformers` models take them, have one term for each label that is
@@ -65,15 +66,16 @@ def loss_terms_of(batch: Any, batch_size: int | None, model: Any = None) -> int 
     return int((labels != -100).sum()) or batch_size
 
 
-def _shifts_labels(model: Any) -> bool:
+def _shifts_labels(model: nn.Module) -> bool:
     """Whether the loss of a `transformers` model is that of the next token, as far as its class shows it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+    # The outermost one of transformers, because the model may be adapted, or a part of another one.
+    inner: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None or inner.config.is_encoder_decoder:
         return False
-    kind = getattr(base, "loss_type", None)
-    if kind is None:
-        return type(base).__name__.endswith("LMHeadModel")
-    return kind in ("ForCausalLM", "ForConditionalGeneration")
+    kind = inner.loss_type
+    return kind in ("ForCausalLM", "ForConditionalGeneration") or (
+        kind is None and type(inner).__name__.endswith("LMHeadModel")
+    )
 
 
 def _names(main_input_name: Any) -> tuple[str, ...]:
