@@ -4,11 +4,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fim_lora_command.errors import CommandError, warn
 
 from ..compression import LoraCompression, compress_lora, measure_sizes
+from ..fisher.evaluation import mean_loss
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
 from ..ranks.size_curve import SIZE_CURVE_FILE, SizeCurve
@@ -31,35 +33,18 @@ from .trained_adapter import save_adapter
 
 # Besides the chosen size, the loss is measured at this many sizes for the picture.
 _NUM_MEASURED_SIZES = 3
+# Calibration batches that show whether a classifier is worse than guessing.
+_NUM_GUESSED_BATCHES = 8
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The result, what it was chosen from, the loss at other sizes, and the loss on the calibration data."""
+    """The result, what it was chosen from, the loss at other sizes, and the loss before, if one is known."""
 
     result: LoraCompression
     spectrum: LoraSpectrum
     measured: Sequence[tuple[int, float]]
-    calibration_loss: float | None
-
-
-class _LossMeter:
-    """A forward function that notes the loss of every batch."""
-
-    def __init__(self) -> None:
-        self._total, self._count = 0.0, 0
-
-    def __call__(self, model: Any, batch: Any) -> Any:
-        output = model(**batch)
-        loss, size = float(output.loss.detach()), len(batch["input_ids"])
-        if math.isfinite(loss):
-            self._total, self._count = self._total + loss * size, self._count + size
-        return output
-
-    @property
-    def mean(self) -> float | None:
-        """The mean over the examples so far."""
-        return self._total / self._count if self._count else None
+    loss_before: float | None
 
 
 def compress(options: CompressOptions) -> None:
@@ -89,9 +74,9 @@ def compress(options: CompressOptions) -> None:
 
 def _compressed(options: CompressOptions, model: Any, inputs: Inputs, seconds: dict[str, float]) -> _Outcome:
     batches = None if inputs.calibration is None else inputs.calibration.batches
-    meter = _LossMeter()
     with timed(seconds, "calibrating"):
-        spectrum = get_lora_spectrum(model, batches, num_batches=options.batches, forward_fn=meter)
+        spectrum = get_lora_spectrum(model, batches, num_batches=options.batches)
+        loss_before = _loss_of_classifier(model, inputs)
     eval_batches = None if inputs.evaluation is None else inputs.evaluation.batches
     losses: list[tuple[int, float]] = []
     with timed(seconds, "compressing" if eval_batches is None else "measuring and compressing"):
@@ -106,8 +91,17 @@ def _compressed(options: CompressOptions, model: Any, inputs: Inputs, seconds: d
             r_max=options.r_max,
             serving=options.serving,
         )
-    before = result.loss_before or 0.0
-    return _Outcome(result, spectrum, [(parameters, loss - before) for parameters, loss in losses], meter.mean)
+    if result.loss_before is not None:
+        loss_before = result.loss_before
+        losses = [(parameters, loss - loss_before) for parameters, loss in losses]
+    return _Outcome(result, spectrum, losses, loss_before)
+
+
+def _loss_of_classifier(model: Any, inputs: Inputs) -> float | None:
+    """The loss of a classifier on some calibration batches, if the loss before is not measured on evaluation data."""
+    if inputs.task != "seq-cls" or inputs.calibration is None or inputs.evaluation is not None:
+        return None
+    return mean_loss(model, list(islice(inputs.calibration.batches, _NUM_GUESSED_BATCHES)), show_progress_bar=False)
 
 
 def _sizes_to_measure(options: CompressOptions, spectrum: LoraSpectrum) -> list[int]:
@@ -135,7 +129,7 @@ def _write(
 
 def _warn_of_order(inputs: Inputs, outcome: _Outcome) -> None:
     """A classifier that is worse than guessing probably sees its classes in another order than in its training."""
-    loss, guessing = outcome.calibration_loss or outcome.result.loss_before, math.log(max(len(inputs.classes), 1))
+    loss, guessing = outcome.loss_before, math.log(max(len(inputs.classes), 1))
     if inputs.task == "seq-cls" and loss is not None and loss > guessing:
         warn(
             f"The adapter's loss before the compression is {loss:.3g}, more than the {guessing:.3g} of guessing. If "
