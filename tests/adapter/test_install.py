@@ -5,6 +5,7 @@ import inspect
 import pickle
 import sys
 import textwrap
+import typing
 import warnings
 
 import peft
@@ -81,6 +82,13 @@ def test_the_field():
         LoraConfig(fim_config=3)
     with pytest.warns(UserWarning, match="`fim_config` specified but will be ignored when .* is not 'fim'"):
         LoraConfig(fim_config=FimConfig())
+
+
+def test_the_annotations_can_be_resolved():
+    # A derived config resolves the annotations of its bases, too.
+    for config_class in (LoraConfig, AdaLoraConfig):
+        assert typing.get_type_hints(config_class)["fim_config"] == FimConfig | None
+    assert inspect.signature(LoraConfig).parameters["fim_config"].annotation == FimConfig | None
 
 
 def test_derived_configs_are_what_they_were():
