@@ -93,16 +93,17 @@ class FimConfig:
         _require_initialization(self.init_lora_weights)
 
 
-BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of PEFT's initializations that subtract something of the adapter's rank from the base weights.
-
-PEFT does it again whenever the adapter is loaded.
-"""
+# Beginnings of the names in PEFT.
+_BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_base_weight(init_lora_weights: bool | str) -> bool:
-    """Whether this initialization of PEFT subtracts the adapter from the base weight, as PiSSA and OLoRA do."""
-    return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
+    """Whether this initialization of PEFT subtracts something of the adapter's rank from the base weights.
+
+    PEFT does it again whenever the adapter is loaded.
+    """
+    # PEFT accepts OLoRA in any case.
+    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_BASE_CHANGING_INITIALIZATIONS)
 
 
 def _require_int(name: str, value: object, at_least: int) -> None:

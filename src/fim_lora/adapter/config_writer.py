@@ -80,9 +80,9 @@ def _serving_values(config: LoraConfig, ranks: Mapping[str, int], alphas: Mappin
     """`r` and `lora_alpha` of a layer of the largest rank, if their scaling is that of every layer."""
     if changes_base_weight(config.init_lora_weights):
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} subtracts the adapter from the base weights, which a "
-            "server does not do: convert the adapter with save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...) of PEFT, or merge it."
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which a server does not do: "
+            "convert the adapter with save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT, or "
+            "merge it."
         )
     if not ranks:
         raise ValueError("No layer keeps an adapter, so there is nothing to serve: raise r_min.")
