@@ -1,7 +1,8 @@
-"""`FimConfig`: how ranks are decided from the eFIM; names of PEFT's initializations and of the file of ranks."""
+"""`FimConfig`: how ranks are decided from the eFIM; what several packages need to know of PEFT's other settings."""
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -104,6 +105,27 @@ def changes_base_weight(init_lora_weights: bool | str) -> bool:
     """
     # PEFT accepts OLoRA in any case.
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_BASE_CHANGING_INITIALIZATIONS)
+
+
+# Scalings closer than this count as equal. It is far above rounding errors, and far below differences that matter.
+_SCALING_TOLERANCE = 1e-6
+
+
+def unequal_scalings(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], use_rslora: bool
+) -> list[tuple[str, float]]:
+    """Two layers of different scaling, by name, a layer of the largest rank first; empty if all share one scaling.
+
+    Layers of rank 0 have no scaling.
+    """
+    scalings = {
+        name: alphas[name] / (math.sqrt(rank) if use_rslora else rank) for name, rank in ranks.items() if rank > 0
+    }
+    largest = max(scalings, key=lambda name: ranks[name])
+    for other, scaling in scalings.items():
+        if not math.isclose(scaling, scalings[largest], rel_tol=_SCALING_TOLERANCE):
+            return [(largest, scalings[largest]), (other, scaling)]
+    return []
 
 
 def _require_int(name: str, value: object, at_least: int) -> None:
