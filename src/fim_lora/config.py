@@ -1,4 +1,4 @@
-"""`FimConfig`: how ranks are decided from the eFIM; what several packages need to know of PEFT's other settings."""
+"""`FimConfig`: how ranks are decided from the eFIM; what several packages know of its results and of PEFT."""
 
 import math
 import re
@@ -14,6 +14,9 @@ SCORES: tuple[str, ...] = get_args(Score)
 
 ALLOCATION_FILE = "fim_allocation.json"
 """Name of the file in an output folder that holds the ranks."""
+
+FINGERPRINT_LENGTH = 32
+"""Digits of the fingerprint of an adapter: half of a SHA-256 is enough, and short enough to read in a file."""
 
 # The proposal's r_max=32 for r=8.
 DEFAULT_R_MAX_FACTOR = 4
@@ -126,6 +129,11 @@ def unequal_scalings(
         if not math.isclose(scaling, scalings[largest], rel_tol=_SCALING_TOLERANCE):
             return [(largest, scalings[largest]), (other, scaling)]
     return []
+
+
+def integer_if_whole(alpha: float) -> float:
+    """PEFT documents `lora_alpha` as an integer, and some readers of the config require one."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _require_int(name: str, value: object, at_least: int) -> None:

@@ -15,10 +15,11 @@ from fim_lora_command.choices import Task
 from fim_lora_command.errors import CommandError, warn
 
 from ..config import changes_base_weight
+from ..report.title_names import looks_like_path
 from .adapter_config import read_lora_config
 from .file_hash import sha256
 from .hub import hub_lookup
-from .models import PEFT_TASK_TYPES, looks_like_path, named
+from .models import PEFT_TASK_TYPES, named
 from .output import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."

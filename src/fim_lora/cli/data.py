@@ -12,10 +12,10 @@ from datasets import ClassLabel, Dataset, Value
 from fim_lora_command.choices import Task
 from fim_lora_command.errors import CommandError, cut
 
+from ..report.title_names import looks_like_path
 from .data_files import FILE_TYPES, file_type, load_rows, read_file, require_plain_path
 from .file_hash import sha256
 from .hub import hub_lookup
-from .models import looks_like_path
 
 # The columns that may hold the examples, in the order in which they are looked for.
 _FORMATS: Mapping[Task, tuple[tuple[str, ...], ...]] = {
