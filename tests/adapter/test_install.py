@@ -64,6 +64,16 @@ print(sum(initialize_lora_fim_ranks(model).ranks.values()))
     assert python(order + code).strip() == "4"
 
 
+def test_the_import_does_not_load_the_trainer_of_transformers():
+    output = python("""
+        import peft
+        before = "transformers.trainer" in sys.modules
+        import fim_lora
+        print(before, "transformers.trainer" in sys.modules)
+    """)
+    assert output.strip() == "False False"
+
+
 def test_the_field():
     fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
     assert fields["fim_config"].default is None
