@@ -11,6 +11,7 @@ import warnings
 import peft
 import pytest
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 
 import fim_lora
 from fim_lora import FimConfig
@@ -99,6 +100,10 @@ def test_the_annotations_can_be_resolved():
     for config_class in (LoraConfig, AdaLoraConfig):
         assert typing.get_type_hints(config_class)["fim_config"] == FimConfig | None
     assert inspect.signature(LoraConfig).parameters["fim_config"].annotation == FimConfig | None
+
+
+def test_the_signature_of_a_method_is_that_of_peft():
+    assert inspect.signature(peft.LoraModel.inject_adapter) == inspect.signature(BaseTuner.inject_adapter)
 
 
 def test_derived_configs_are_what_they_were():

@@ -180,6 +180,7 @@ def _wrap_save_pretrained(plain_save_pretrained: Callable[..., None]) -> Callabl
 
 
 def _wrap_inject_adapter(inject_adapter: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(inject_adapter)
     def inject_and_watch(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         if not awaits_ranks(config):
@@ -193,7 +194,6 @@ def _wrap_inject_adapter(inject_adapter: Callable[..., None]) -> Callable[..., N
             _put_on_devices(model, adapter_name, config)
         watch(self, model, adapter_name, config, converted)
 
-    inject_and_watch.__doc__ = inject_adapter.__doc__
     return inject_and_watch
 
 
