@@ -1,7 +1,8 @@
-"""`FimConfig`: how ranks are decided from the eFIM; names of PEFT's initializations and of the file of ranks."""
+"""`FimConfig`: how ranks are decided from the eFIM; what several packages know of its results and of PEFT."""
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -13,6 +14,9 @@ SCORES: tuple[str, ...] = get_args(Score)
 
 ALLOCATION_FILE = "fim_allocation.json"
 """Name of the file in an output folder that holds the ranks."""
+
+FINGERPRINT_LENGTH = 32
+"""Digits of the fingerprint of an adapter: half of a SHA-256 is enough, and short enough to read in a file."""
 
 # The proposal's r_max=32 for r=8.
 DEFAULT_R_MAX_FACTOR = 4
@@ -93,16 +97,43 @@ class FimConfig:
         _require_initialization(self.init_lora_weights)
 
 
-BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of PEFT's initializations that subtract something of the adapter's rank from the base weights.
-
-PEFT does it again whenever the adapter is loaded.
-"""
+# Beginnings of the names in PEFT.
+_BASE_CHANGING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_base_weight(init_lora_weights: bool | str) -> bool:
-    """Whether this initialization of PEFT subtracts the adapter from the base weight, as PiSSA and OLoRA do."""
-    return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
+    """Whether this initialization of PEFT subtracts something of the adapter's rank from the base weights.
+
+    PEFT does it again whenever the adapter is loaded.
+    """
+    # PEFT accepts OLoRA in any case.
+    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_BASE_CHANGING_INITIALIZATIONS)
+
+
+# Scalings closer than this count as equal. It is far above rounding errors, and far below differences that matter.
+_SCALING_TOLERANCE = 1e-6
+
+
+def unequal_scalings(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], use_rslora: bool
+) -> list[tuple[str, float]]:
+    """Two layers of different scaling, by name, a layer of the largest rank first; empty if all share one scaling.
+
+    Layers of rank 0 have no scaling.
+    """
+    scalings = {
+        name: alphas[name] / (math.sqrt(rank) if use_rslora else rank) for name, rank in ranks.items() if rank > 0
+    }
+    largest = max(scalings, key=lambda name: ranks[name])
+    for other, scaling in scalings.items():
+        if not math.isclose(scaling, scalings[largest], rel_tol=_SCALING_TOLERANCE):
+            return [(largest, scalings[largest]), (other, scaling)]
+    return []
+
+
+def integer_if_whole(alpha: float) -> float:
+    """PEFT documents `lora_alpha` as an integer, and some readers of the config require one."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _require_int(name: str, value: object, at_least: int) -> None:

@@ -17,8 +17,8 @@ from .adapter.pending_config import awaiting_config, final_initialization, requi
 from .adapter.resize import Factors, resize_adapter
 from .adapter.watching import NormRecorder, lora_layers_disabled, stop_watching, watched_adapter
 from .fisher.calibration import ForwardFn, forward_fn_default
+from .fisher.coverage import NO_BATCH_SEEN
 from .fisher.layers.registry import target_layer
-from .fisher.norm_sums import NO_BATCH_SEEN
 from .fisher.scores import FimScores, LayerScore
 from .rank_allocation import RankAllocation
 from .runtime.distributed import gather_from_all, run_on_all

@@ -54,7 +54,7 @@ def report_error(error: BaseException) -> int:
 
 def warn(message: str) -> None:
     """Print a warning as one line."""
-    print(f"fim-lora: warning: {_printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"fim-lora: warning: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 @contextmanager
@@ -101,12 +101,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _shortened(message: str) -> str:
     """The message in one printable line; if that is too long, only the first nonempty line, cut if necessary."""
-    lines = [_printable(" ".join(line.split())) for line in message.splitlines() if line.strip()]
+    lines = [printable(" ".join(line.split())) for line in message.splitlines() if line.strip()]
     whole = " ".join(lines)
     text = whole if len(whole) <= _MAX_MESSAGE_LENGTH else lines[0]
-    return text if len(text) <= _MAX_MESSAGE_LENGTH else f"{text[:_MAX_MESSAGE_LENGTH]}…"
+    return cut(text, _MAX_MESSAGE_LENGTH)
 
 
-def _printable(line: str) -> str:
+def cut(text: str, longest: int) -> str:
+    """The text, or its beginning and an ellipsis if it has more characters."""
+    return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def printable(text: str) -> str:
     """Escape control characters, which a terminal would execute."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

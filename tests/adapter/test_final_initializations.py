@@ -2,14 +2,18 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fim_lora import RankAllocation, allocate_ranks, get_fim_scores, initialize_lora_fim_ranks
+from fim_lora.config import changes_base_weight
 from helpers.adapters import fim_lora_config, fim_model, logits, lora_layers, randomize, state_of
 from helpers.proportional import proportional
+from helpers.rank_allocations import allocation as allocation_by_hand
+from helpers.rank_allocations import config as config_by_hand
 from helpers.stock_peft import require_equal_outputs
 from helpers.tiny_models import eva_batches, gpt2, llama, lm_batches
 
@@ -167,6 +171,29 @@ def test_odd_base_ranks_are_refused_for_orthogonal():
     model = fim_model(init_lora_weights="orthogonal", r=7)
     with pytest.raises(ValueError, match="rank_pattern"):
         initialize_lora_fim_ranks(model, lm_batches(), show_progress_bar=False)
+
+
+# PEFT's preparation of CorDA and its LoftQ need libraries that this project does not install.
+@pytest.mark.parametrize("init", [*INITIALIZATIONS, "OLoRA", "lora_ga"])
+def test_the_names_of_the_initializations_that_change_base_weights(init):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = model[0].weight.detach().clone()
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=init)
+    if init == "lora_ga":
+        of_peft = pytest.importorskip("peft.tuners.lora.loraga")
+        config.lora_ga_config = peft.LoraGAConfig()
+        of_peft.preprocess_loraga(model, config, lambda: model(torch.randn(64, 8)).square().mean().backward())
+    after = get_peft_model(model, config).base_model.model[0].base_layer.weight
+    assert changes_base_weight(init) == (not torch.equal(after, before))
+
+
+@pytest.mark.parametrize("init", ["corda", "loftq", "lora_ga"])
+def test_servers_cannot_change_base_weights(init):
+    base_config = config_by_hand()
+    base_config.init_lora_weights = init
+    with pytest.raises(ValueError, match=f"'{init}' changes the base weights, which a server does not do"):
+        allocation_by_hand().to_lora_config(base_config, serving=True)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -5,11 +5,13 @@ import inspect
 import pickle
 import sys
 import textwrap
+import typing
 import warnings
 
 import peft
 import pytest
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 
 import fim_lora
 from fim_lora import FimConfig
@@ -63,6 +65,16 @@ print(sum(initialize_lora_fim_ranks(model).ranks.values()))
     assert python(order + code).strip() == "4"
 
 
+def test_the_import_does_not_load_the_trainer_of_transformers():
+    output = python("""
+        import peft
+        before = "transformers.trainer" in sys.modules
+        import fim_lora
+        print(before, "transformers.trainer" in sys.modules)
+    """)
+    assert output.strip() == "False False"
+
+
 def test_the_field():
     fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
     assert fields["fim_config"].default is None
@@ -81,6 +93,17 @@ def test_the_field():
         LoraConfig(fim_config=3)
     with pytest.warns(UserWarning, match="`fim_config` specified but will be ignored when .* is not 'fim'"):
         LoraConfig(fim_config=FimConfig())
+
+
+def test_the_annotations_can_be_resolved():
+    # A derived config resolves the annotations of its bases, too.
+    for config_class in (LoraConfig, AdaLoraConfig):
+        assert typing.get_type_hints(config_class)["fim_config"] == FimConfig | None
+    assert inspect.signature(LoraConfig).parameters["fim_config"].annotation == FimConfig | None
+
+
+def test_the_signature_of_a_method_is_that_of_peft():
+    assert inspect.signature(peft.LoraModel.inject_adapter) == inspect.signature(BaseTuner.inject_adapter)
 
 
 def test_derived_configs_are_what_they_were():

@@ -10,9 +10,14 @@ from torch._dynamo import OptimizedModule
 from torch._dynamo.utils import counters
 
 from fim_lora import get_fim_scores, initialize_lora_fim_ranks
+from fim_lora.adapter.plain_adapter import plain_adapters
+from fim_lora.fisher.factors import AdapterMoments
+from fim_lora.fisher.recorder import Recorder
+from fim_lora.spectrum import adapted_layers, checked_layers
 from helpers.calibration import calibrate_norms, norm_recorder
 from helpers.llama_calibration import assert_scores, assert_trains_alike, fim_config, fim_model, reference, truth_of
 from helpers.tiny_models import llama, lm_batches
+from helpers.trained_adapters import trained
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +55,25 @@ def test_a_compiled_adapter_calibrates_with_a_dataloader_even_as_one_graph():
     batches = lm_batches(2)
     inner = fim_model(llama(1))
     model = torch.compile(inner, backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="fim_lora watches this pass to collect the eFIM"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="fim_lora watches this pass, until"):
         model(**batches[0])
     allocation = initialize_lora_fim_ranks(model, batches, show_progress_bar=False)
     assert_scores(allocation.scores, truth_of(batches))
     other = get_peft_model(llama(1), allocation.to_lora_config(fim_config()))
     assert_trains_alike(model, other, batches[0])
+
+
+@pytest.mark.parametrize("compiled", ["", "model.layers.0"])
+def test_one_graph_with_a_watched_adapter_is_refused_with_the_fix(compiled):
+    """`FimCompressionCallback` watches the passes of a training, where the hook on a base layer is the first."""
+    model = trained(llama(1))
+    model.get_base_model().get_submodule(compiled).compile(backend="eager", fullgraph=True)
+    layers = checked_layers(model, "default")
+    shapes = {name: one.shape for name, one in plain_adapters(layers, "default").items()}
+    recorder = Recorder(adapted_layers(model, layers, "default"), AdapterMoments.for_layers(shapes))
+    recorder.start(model)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"until .* or `FimCompressionCallback` cuts"):
+        model(**lm_batches(1)[0])
 
 
 COMPILED_ADAPTERS = {

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..config import BASE_CHANGING_INITIALIZATIONS, changes_base_weight
+from ..config import changes_base_weight
 from ..runtime.offloading import is_offloaded
 from ..runtime.wrappers import any_sharded, strip_wrapper_names, uses_fsdp1
 from .factors import weights_of
@@ -79,7 +79,7 @@ def require_compressible(
     if uses_fsdp1(model):
         raise ValueError("FullyShardedDataParallel flattens the adapter's weights: use FSDP2 (`fully_shard`).")
     init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITIALIZATIONS):
+    if changes_base_weight(init):
         raise ValueError(
             f"The adapter was initialized with {init!r}, which changed the base weights by an adapter of the present "
             f"rank, beginning with layer {next(iter(layers))!r}. Save it as plain LoRA with save_pretrained(..., "

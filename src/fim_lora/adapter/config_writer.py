@@ -1,18 +1,14 @@
 """Write ranks and alphas, which are plain dictionaries, into a `LoraConfig`."""
 
 import copy
-import math
 from collections.abc import Mapping
 
 from peft import LoraConfig
 
-from ..config import changes_base_weight
+from ..config import changes_base_weight, unequal_scalings
 from ..fisher.converted_targets import ConvertedTargets
 from .patterns import resolver, write_pattern
 from .target_modules import write_targets
-
-# Scalings closer than this count as equal. It is far above rounding errors, and far below differences that matter.
-_SCALING_TOLERANCE = 1e-6
 
 
 def config_with_ranks(
@@ -80,19 +76,18 @@ def _serving_values(config: LoraConfig, ranks: Mapping[str, int], alphas: Mappin
     """`r` and `lora_alpha` of a layer of the largest rank, if their scaling is that of every layer."""
     if changes_base_weight(config.init_lora_weights):
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} subtracts the adapter from the base weights, which a "
-            "server does not do: convert the adapter with save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...) of PEFT, or merge it."
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which a server does not do: "
+            "convert the adapter with save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT, or "
+            "merge it."
         )
     if not ranks:
         raise ValueError("No layer keeps an adapter, so there is nothing to serve: raise r_min.")
     largest = max(ranks, key=lambda name: ranks[name])
-    scalings = {name: alphas[name] / (math.sqrt(rank) if config.use_rslora else rank) for name, rank in ranks.items()}
-    for name, scaling in scalings.items():
-        if not math.isclose(scaling, scalings[largest], rel_tol=_SCALING_TOLERANCE):
-            raise ValueError(
-                f"Layer {largest!r} has scaling {scalings[largest]:.6g}, layer {name!r} has {scaling:.6g}, but a "
-                "server applies one scaling to all layers: allocate with adjust_scaling_factors=True and without "
-                "rank_pattern and alpha_pattern in the base config."
-            )
+    if unequal := unequal_scalings(ranks, alphas, config.use_rslora):
+        (first, scaling), (other, other_scaling) = unequal
+        raise ValueError(
+            f"Layer {first!r} has scaling {scaling:.6g}, layer {other!r} has {other_scaling:.6g}, but a server "
+            "applies one scaling to all layers: allocate with adjust_scaling_factors=True and without rank_pattern "
+            "and alpha_pattern in the base config."
+        )
     return ranks[largest], alphas[largest]

@@ -81,9 +81,9 @@ def _extend_lora_config() -> None:
             "provider": "fim_lora",
         },
     )
-    extended = dataclasses.make_dataclass(
-        "LoraConfig", [("fim_config", "FimConfig | None", field)], bases=(LoraConfig,)
-    )
+    # Not a string, which `typing.get_type_hints` would look up in PEFT's module.
+    annotation: Any = FimConfig | None
+    extended = dataclasses.make_dataclass("LoraConfig", [("fim_config", annotation, field)], bases=(LoraConfig,))
     LoraConfig.__init__ = extended.__init__  # type: ignore[misc]
     LoraConfig.__eq__ = extended.__eq__
     LoraConfig.__repr__ = _wrap_repr(LoraConfig.__repr__)
@@ -91,7 +91,7 @@ def _extend_lora_config() -> None:
     LoraConfig.to_dict = _wrap_to_dict(LoraConfig.to_dict)
     LoraConfig.save_pretrained = _wrap_save_pretrained(LoraConfig.save_pretrained)
     LoraConfig.__dataclass_fields__ = extended.__dataclass_fields__  # type: ignore[attr-defined]
-    LoraConfig.__annotations__["fim_config"] = "FimConfig | None"
+    LoraConfig.__annotations__["fim_config"] = annotation
     LoraConfig.fim_config = None
 
 
@@ -180,6 +180,7 @@ def _wrap_save_pretrained(plain_save_pretrained: Callable[..., None]) -> Callabl
 
 
 def _wrap_inject_adapter(inject_adapter: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(inject_adapter)
     def inject_and_watch(self: LoraModel, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         if not awaits_ranks(config):
@@ -193,7 +194,6 @@ def _wrap_inject_adapter(inject_adapter: Callable[..., None]) -> Callable[..., N
             _put_on_devices(model, adapter_name, config)
         watch(self, model, adapter_name, config, converted)
 
-    inject_and_watch.__doc__ = inject_adapter.__doc__
     return inject_and_watch
 
 

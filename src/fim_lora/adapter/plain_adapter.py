@@ -9,11 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from peft.tuners.lora import LoraLayer
 
+from ..config import FINGERPRINT_LENGTH
 from ..fisher.basis import Basis, Root, basis_of, root_of_metric, root_of_triangle
 from .factors import Weights, gathered, weights_of
-
-# Half of a SHA-256 is enough, and short enough to read in a file.
-_FINGERPRINT_LENGTH = 32
 
 
 @dataclass(frozen=True)
@@ -87,4 +85,4 @@ def _fingerprint(weights: Sequence[Weights], scaling: float) -> str:
     for one in weights:
         for matrices in one.matrices():
             digest.update(matrices.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:_FINGERPRINT_LENGTH]
+    return digest.hexdigest()[:FINGERPRINT_LENGTH]

@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from fim_lora_command.choices import Task
 from fim_lora_command.errors import CommandError, warn
 
-from ..config import BASE_CHANGING_INITIALIZATIONS
+from ..config import changes_base_weight
+from ..report.title_names import looks_like_path
 from .adapter_config import read_lora_config
 from .file_hash import sha256
 from .hub import hub_lookup
-from .models import PEFT_TASK_TYPES, looks_like_path, named
+from .models import PEFT_TASK_TYPES, named
 from .output import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."
@@ -74,7 +75,7 @@ def find_adapter(name: str) -> AdapterSource:
     if config.peft_type != "LORA":  # PEFT's config of AdaLoRA is a LoraConfig, too
         raise CommandError(f"{name} is an adapter of type {config.peft_type.value}, not LoRA. {_GIVE_AN_ADAPTER}")
     init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITIALIZATIONS):
+    if changes_base_weight(init):
         raise CommandError(
             f"{name} was initialized with {init!r}, which changed the base weights by an adapter of its rank. Save it "
             "as plain LoRA with save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT, and "

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fim_lora_command.errors import CommandError
+from fim_lora_command.errors import CommandError, cut
 
 from .data import Row
 
@@ -72,5 +72,4 @@ def _is_message(message: object) -> bool:
 
 def excerpt(value: object) -> str:
     """The beginning of a value, for messages."""
-    text = repr(value)
-    return text if len(text) <= _MAX_EXCERPT_LENGTH else f"{text[:_MAX_EXCERPT_LENGTH]}…"
+    return cut(repr(value), _MAX_EXCERPT_LENGTH)

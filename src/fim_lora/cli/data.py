@@ -10,12 +10,12 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Value
 
 from fim_lora_command.choices import Task
-from fim_lora_command.errors import CommandError
+from fim_lora_command.errors import CommandError, cut
 
+from ..report.title_names import looks_like_path
 from .data_files import FILE_TYPES, file_type, load_rows, read_file, require_plain_path
 from .file_hash import sha256
 from .hub import hub_lookup
-from .models import looks_like_path
 
 # The columns that may hold the examples, in the order in which they are looked for.
 _FORMATS: Mapping[Task, tuple[tuple[str, ...], ...]] = {
@@ -208,7 +208,7 @@ def _with_integers(name: str, rows: Dataset, column: str) -> Dataset:
 
 
 def _excerpt(column: str) -> str:
-    return repr(column if len(column) <= _MAX_COLUMN_LENGTH else f"{column[:_MAX_COLUMN_LENGTH]}…")
+    return repr(cut(column, _MAX_COLUMN_LENGTH))
 
 
 def _column_advice(task: Task, found: Sequence[str]) -> str:

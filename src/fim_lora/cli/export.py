@@ -1,7 +1,6 @@
 """`fim-lora export`: from the folder of an allocation or a compression to a file for another tool."""
 
 import copy
-import math
 from pathlib import Path
 
 from peft import LoraConfig
@@ -9,6 +8,7 @@ from peft import LoraConfig
 from fim_lora_command.errors import CommandError
 
 from ..compression import LoraCompression
+from ..config import unequal_scalings
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
@@ -18,8 +18,6 @@ from .adapter_config import read_lora_config
 from .output import ADAPTER_CONFIG, read_result, require_writable_file, result_folder
 
 _RANK_FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-# Scalings closer than this count as equal.
-_SCALING_TOLERANCE = 1e-6
 
 
 def export_folder(folder: Path, file_format: str, serving: bool, output: Path | None, overwrite: bool) -> None:
@@ -57,18 +55,12 @@ def _config_of_compression(folder: Path, compression: LoraCompression) -> LoraCo
 
 def _require_one_scaling(folder: Path, compression: LoraCompression) -> None:
     """The global `r` and `lora_alpha` of a compression are right for all layers if these share one scaling."""
-    scalings = {
-        name: compression.alphas[name] / (math.sqrt(rank) if compression.use_rslora else rank)
-        for name, rank in compression.ranks.items()
-        if rank > 0
-    }
-    first, *others = scalings
-    for name in others:
-        if not math.isclose(scalings[name], scalings[first], rel_tol=_SCALING_TOLERANCE):
-            raise CommandError(
-                f"Layers {first!r} and {name!r} of {folder} have different scalings, which are part of the trained "
-                "weights: run fim-lora compress again with --serving."
-            )
+    if unequal := unequal_scalings(compression.ranks, compression.alphas, compression.use_rslora):
+        (first, _), (other, _) = unequal
+        raise CommandError(
+            f"Layers {first!r} and {other!r} of {folder} have different scalings, which are part of the trained "
+            "weights: run fim-lora compress again with --serving."
+        )
 
 
 def base_config(folder: Path, allocation: RankAllocation) -> LoraConfig:

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from fim_lora_command.choices import Task
 from fim_lora_command.errors import CommandError, warn
 
+from ..report.title_names import looks_like_path
 from .file_hash import sha256
 from .hub import hub_lookup
 from .remote_code import announce_code, is_about_code, refused_code
@@ -86,11 +87,6 @@ def find_model(name: str, trust_remote_code: bool = False) -> ModelSource:
             f"{name}: no such file or folder. Give the path of a model, or the name of a model on the Hub."
         )
     return ModelSource(name, name, trust_remote_code=trust_remote_code)
-
-
-def looks_like_path(name: str) -> bool:
-    """Whether a name cannot be one on the Hub, which is `name` or `owner/name`."""
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

@@ -5,6 +5,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fim_lora_command.errors import cut, printable
+
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.allocation import SCHEMA_VERSION as ALLOCATION_SCHEMA
 from ..ranks.compressed import COMPRESSION_FILE
@@ -83,5 +85,4 @@ def _text(content: Mapping[str, Any], key: str) -> str:
     value = content.get(key)
     if not isinstance(value, str):
         return ""
-    value = value if len(value) <= _LONGEST_TEXT else f"{value[:_LONGEST_TEXT]}…"
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in value)
+    return printable(cut(value, _LONGEST_TEXT))

@@ -4,9 +4,22 @@ from collections.abc import Collection, Iterable
 
 from ..runtime.user_warnings import warn_user
 
+NO_BATCH_SEEN = (
+    "No calibration batch was seen: call `model(**batch).loss.backward()` on some batches first, or pass `dataloader` "
+    "or `fim_scores` to a function that takes them."
+)
+CAUSES_OF_NO_GRADIENT = (
+    "Usual causes: the batches have no labels; the loss is detached, or was computed without gradients "
+    "(`torch.no_grad`); all labels are masked (-100); the target layers do not take part in the loss; or reentrant "
+    "gradient checkpointing cuts the graph because no input requires a gradient (pass `use_reentrant=False`, or "
+    "call `model.enable_input_require_grads()`)."
+)
+
 
 def require_usable_batches(num_batches: int, num_skipped: int) -> None:
-    """Raise `RuntimeError` if every batch was skipped, because its loss or a gradient was not finite."""
+    """Raise `RuntimeError` if no batch was seen, or every one was skipped: its loss or a gradient was not finite."""
+    if num_batches == 0:
+        raise RuntimeError(NO_BATCH_SEEN)
     if num_batches == num_skipped:
         raise RuntimeError(
             f"All {num_batches} calibration batches had a loss or gradients that are not finite: calibrate in "

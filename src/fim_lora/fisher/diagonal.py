@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from ..runtime.distributed import gather_from_all, num_processes
-from .coverage import warn_of_skipped_batches, warn_of_unattributed_layers, warn_of_unreached_layers
+from .coverage import (
+    CAUSES_OF_NO_GRADIENT,
+    NO_BATCH_SEEN,
+    warn_of_skipped_batches,
+    warn_of_unattributed_layers,
+    warn_of_unreached_layers,
+)
 from .fim_diagonals import FimDiagonals
 from .gradients.products import MAX_TEMPORARY_BYTES, compute_dtype, slices
 from .layers.call import LayerCall
 from .layers.entries_registry import EntriesType, entries_type
 from .layers.registry import TargetLayer
-from .norm_sums import CAUSES_OF_NO_GRADIENT
 from .statistic import BatchRows
 
 
@@ -134,7 +139,7 @@ class DiagonalSums:
         """
         counts = self.counts
         if counts.num_batches == 0:
-            raise RuntimeError("No calibration batch was seen: run a backward pass first.")
+            raise RuntimeError(NO_BATCH_SEEN)
         empty = [name for name in layers if counts.num_examples[name] == 0]
         if empty:
             raise RuntimeError(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..runtime.user_warnings import warn_user
 from .coverage import (
+    CAUSES_OF_NO_GRADIENT,
     require_usable_batches,
     warn_of_skipped_batches,
     warn_of_unattributed_layers,
@@ -22,7 +23,6 @@ from .coverage import (
 from .layers.call import LayerCall
 from .layers.components import AdaptedLayer, ComponentMoments
 from .layers.registry import TargetLayer
-from .norm_sums import CAUSES_OF_NO_GRADIENT
 from .statistic import BatchRows
 
 Array = npt.NDArray[Any]
@@ -252,8 +252,6 @@ class PathMoments:
 
 def require_usable(moments: AdapterMoments) -> None:
     """Raise `RuntimeError` for moments that say nothing; warn of what the user can act on."""
-    if moments.num_batches == 0:
-        raise RuntimeError("No calibration batch was seen: run forward and backward passes first.")
     require_usable_batches(moments.num_batches, moments.num_skipped_batches)
     if not any(np.any(core) for name in moments.shapes for core in moments.of(name).core_gradients):
         raise RuntimeError(

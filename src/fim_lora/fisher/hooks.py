@@ -60,8 +60,8 @@ def _outside_compiled_code(function: Function) -> Function:
     options: dict[str, Any] = {}
     if "reason" in inspect.signature(torch.compiler.disable).parameters:  # PyTorch 2.6 does not have it
         options["reason"] = (
-            "fim_lora watches this pass to collect the eFIM. Until `initialize_lora_fim_ranks`, compile without "
-            "`fullgraph=True`, or pass it a `dataloader`"
+            "fim_lora watches this pass, until `initialize_lora_fim_ranks` is called or `FimCompressionCallback` cuts "
+            "the adapter. Compile without `fullgraph=True`, or pass a `dataloader` to `initialize_lora_fim_ranks`"
         )
     return cast(Function, torch.compiler.disable(function, **options))
 
@@ -137,6 +137,7 @@ class OutputHook(LayerHook):
         base_layer = cast(AdaptedLayer, self.target).base_layer
         return [base_layer.register_forward_hook(self.check_base_layer, with_kwargs=True), *super().register()]
 
+    @_outside_compiled_code
     def check_base_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Refuse a base layer that passes no gradient to the layers before it."""
         x = input_of(args, kwargs)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .coverage import CAUSES_OF_NO_GRADIENT as CAUSES_OF_NO_GRADIENT
 from .coverage import (
     require_usable_batches,
     warn_of_skipped_batches,
@@ -22,17 +23,6 @@ from .layers.registry import TargetLayer
 from .moments import RunningMoments
 from .scores import FimScores, LayerScore
 from .statistic import BatchRows
-
-NO_BATCH_SEEN = (
-    "No calibration batch was seen: call `model(**batch).loss.backward()` on some batches first, or pass `dataloader` "
-    "or `fim_scores`."
-)
-CAUSES_OF_NO_GRADIENT = (
-    "Usual causes: the batches have no labels; the loss is detached, or was computed without gradients "
-    "(`torch.no_grad`); all labels are masked (-100); the target layers do not take part in the loss; or reentrant "
-    "gradient checkpointing cuts the graph because no input requires a gradient (pass `use_reentrant=False`, or "
-    "call `model.enable_input_require_grads()`)."
-)
 
 
 class Norms(NamedTuple):
@@ -135,8 +125,6 @@ class NormSums:
         Raises:
             RuntimeError: If no batch was seen, no batch had finite gradients, or every score is zero.
         """
-        if self.num_batches == 0:
-            raise RuntimeError(NO_BATCH_SEEN)
         require_usable_batches(self.num_batches, self.num_skipped_batches)
         scores = {name: self._score(name, layer) for name, layer in layers.items()}
         if all(score.mean == 0 for score in scores.values()):

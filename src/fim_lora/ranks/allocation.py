@@ -10,7 +10,7 @@ from typing import Any
 from typing_extensions import Self
 
 from ..config import ALLOCATION_FILE as ALLOCATION_FILE
-from ..config import FimConfig
+from ..config import FimConfig, integer_if_whole
 from ..fisher.scores import FimScores
 from ..runtime.atomic import write_json
 from ..runtime.checked_json import read_json, require_boolean, require_integer, require_number
@@ -153,7 +153,7 @@ class Allocation:
         """
         scores = FimScores.from_dict(content["scores"])
         ranks = {name: require_integer(rank, 0) for name, rank in content["ranks"].items()}
-        alphas = {name: _integer_if_whole(require_number(alpha)) for name, alpha in content["alphas"].items()}
+        alphas = {name: integer_if_whole(require_number(alpha)) for name, alpha in content["alphas"].items()}
         if not set(ranks) == set(alphas) == set(scores):
             raise ValueError("ranks, alphas and scores name different layers")
         if not ranks:
@@ -164,7 +164,7 @@ class Allocation:
             scores=scores,
             fim_config=FimConfig(**content["fim_config"]),
             r=require_integer(content["r"], 1),
-            lora_alpha=_integer_if_whole(require_number(content["lora_alpha"])),
+            lora_alpha=integer_if_whole(require_number(content["lora_alpha"])),
             use_rslora=require_boolean(content["use_rslora"]),
             budget=require_integer(content["budget"], 0),
             budget_used=require_integer(content["budget_used"], 0),
@@ -204,9 +204,4 @@ def _rank_steps(scores: FimScores, fim_config: FimConfig) -> dict[str, int]:
 
 def _alpha_with_same_scaling(alpha: float, base_rank: int, rank: int, use_rslora: bool) -> float:
     scaled = alpha * math.sqrt(rank / base_rank) if use_rslora else alpha * rank / base_rank
-    return alpha if rank == 0 else _integer_if_whole(scaled)
-
-
-def _integer_if_whole(value: float) -> float:
-    """PEFT documents `lora_alpha` as an integer, and some readers of the config require one."""
-    return int(value) if float(value).is_integer() else value
+    return alpha if rank == 0 else integer_if_whole(scaled)

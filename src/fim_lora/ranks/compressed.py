@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import Self
 
+from ..config import integer_if_whole
 from ..runtime.atomic import write_json
 from ..runtime.checked_json import (
     read_json,
@@ -18,7 +19,7 @@ from ..runtime.checked_json import (
     require_number,
 )
 from .layer_grid import format_grid
-from .sizes import Prediction, format_prediction, format_rows
+from .sizes import Prediction, format_prediction, format_rows, read_prediction
 
 COMPRESSION_FILE = "fim_compression.json"
 """Name of the file in an output folder."""
@@ -132,14 +133,14 @@ class Compression:
         kind, value = content["size"]
         if kind not in ("keep", "r", "max_loss_increase"):
             raise ValueError(f"{kind!r} is not a kind of size")
-        r_max, predicted = content["r_max"], content["predicted"]
+        r_max = content["r_max"]
         losses = (content["loss_before"], content["loss_after"])
         if not isinstance(content["criterion"], str) or not content["criterion"].isprintable():
             raise ValueError("criterion is not printable text")
         return cls(
             ranks=ranks,
             ranks_before=before,
-            alphas={name: int(alpha) if alpha.is_integer() else alpha for name, alpha in alphas.items()},
+            alphas={name: integer_if_whole(alpha) for name, alpha in alphas.items()},
             parameters_per_rank=parameters_per_rank,
             r=require_integer(content["r"], 1),
             lora_alpha=require_number(content["lora_alpha"]),
@@ -147,7 +148,7 @@ class Compression:
             size=(kind, require_number(value)),
             r_max=None if r_max is None else require_integer(r_max, 1),
             criterion=content["criterion"],
-            predicted=None if predicted is None else _prediction(predicted),
+            predicted=read_prediction(content["predicted"]),
             loss_before=None if losses[0] is None else require_number(losses[0]),
             loss_after=None if losses[1] is None else require_number(losses[1]),
         )
@@ -177,8 +178,3 @@ class Compression:
 
 def _integers(content: Mapping[str, Any], at_least: int) -> dict[str, int]:
     return {require_layer_name(name): require_integer(value, at_least) for name, value in content.items()}
-
-
-def _prediction(content: Any) -> Prediction:
-    increase, error = content
-    return Prediction(require_number(increase), None if error is None else require_number(error))

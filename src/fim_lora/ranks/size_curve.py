@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ..runtime.atomic import write_text
 from ..runtime.checked_json import read_json, require_integer, require_layer_name, require_number
 from .compressed import Compression
-from .sizes import Prediction, SizePoint
+from .sizes import SizePoint, read_prediction
 from .spectrum import Spectrum
 from .truncation import by_layer, keep_within
 
@@ -127,11 +127,7 @@ class SizeCurve:
 
 
 def _point(content: Mapping[str, Any], layers: Sequence[str], total: int) -> SizePoint:
-    parameters, predicted = require_integer(content["parameters"], 1), content["predicted"]
-    prediction = None
-    if predicted is not None:
-        increase, error = predicted
-        prediction = Prediction(require_number(increase), None if error is None else require_number(error))
+    parameters, prediction = require_integer(content["parameters"], 1), read_prediction(content["predicted"])
     ranks = [require_integer(rank, 0) for rank in content["ranks"]]
     dropped_norm = require_number(content["dropped_norm"])
     return SizePoint(parameters, parameters / total, prediction, dict(zip(layers, ranks, strict=True)), dropped_norm)

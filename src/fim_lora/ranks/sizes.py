@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ..runtime.checked_json import require_number
 
 SHOWN_SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 """Sizes in the printed table, as shares of the adapter's parameters."""
@@ -13,6 +15,18 @@ class Prediction(NamedTuple):
 
     increase: float
     standard_error: float | None
+
+
+def read_prediction(content: Any) -> Prediction | None:
+    """A prediction from its JSON types.
+
+    Raises `TypeError` if a value has the wrong type, `ValueError` if it is not finite or if there are not two, and
+    `OverflowError` for too large integers.
+    """
+    if content is None:
+        return None
+    increase, error = content
+    return Prediction(require_number(increase), None if error is None else require_number(error))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
+from ..config import FINGERPRINT_LENGTH
 from ..runtime.atomic import write_json
 from ..runtime.checked_json import read_json, require_integer, require_layer_name, require_number
 from .sizes import SHOWN_SHARES, Prediction, SizePoint, format_rows, size_rows
@@ -21,11 +22,7 @@ from .truncation import Component, Kept, by_layer, keep_within, order_of_compone
 
 Array = npt.NDArray[np.float32]
 
-SPECTRUM_FILE = "fim_spectrum.json"
 SCHEMA_VERSION = 1
-
-# A fingerprint is half of a SHA-256.
-_FINGERPRINT_LENGTH = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,7 +326,7 @@ def _layer_from_dict(content: Mapping[str, Any], examples: int, has_gains: bool)
     d_out, d_in = content["shape"]
     parts, size = (require_integer(content[key], 1) for key in ("num_parts", "num_components"))
     fingerprint = content["fingerprint"]
-    if not isinstance(fingerprint, str) or len(fingerprint) != _FINGERPRINT_LENGTH or not fingerprint.isalnum():
+    if not isinstance(fingerprint, str) or len(fingerprint) != FINGERPRINT_LENGTH or not fingerprint.isalnum():
         raise ValueError(f"{fingerprint!r} is not a fingerprint")
     squared_norms = _decode(content["squared_norms"], (size,))
     if squared_norms.min() < 0:

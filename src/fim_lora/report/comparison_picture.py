@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLoca
 
 from ..ranks.comparison import RankComparison
 from .picture import Picture, literal
+from .text_size import shortened
 
 # Lengths in inches.
 _PANEL_WIDTH, _PANEL_HEIGHT = 2.1, 1.3
@@ -102,7 +103,7 @@ def _stacks(comparison: RankComparison) -> Iterator[tuple[str, list[_Panel]]]:
 def _draw_panel(axes: Axes, panel: _Panel, comparison: RankComparison, is_first: bool) -> None:
     for ranks, style in zip(panel.ranks, _STYLES, strict=True):
         axes.plot(panel.depths, ranks, linewidth=1, clip_on=False, **style)
-    axes.set_title(literal(_shortened(panel.title)), fontsize=_FONT_SIZE, pad=3)
+    axes.set_title(literal(shortened(panel.title, _MAX_TITLE)), fontsize=_FONT_SIZE, pad=3)
     every = [*comparison.first.values(), *comparison.second.values()]
     largest = max(*every, 1)
     # Equal heights are equal factors of rank, except below 1: a logarithm has no place for rank 0.
@@ -126,7 +127,8 @@ def _draw_panel(axes: Axes, panel: _Panel, comparison: RankComparison, is_first:
 
 def _draw_legend(picture: Picture, labels: tuple[str, str]) -> None:
     lines = [
-        Line2D([], [], label=literal(_shortened(label)), **style) for label, style in zip(labels, _STYLES, strict=True)
+        Line2D([], [], label=literal(shortened(label, _MAX_TITLE)), **style)
+        for label, style in zip(labels, _STYLES, strict=True)
     ]
     width, height = picture.get_size_inches()
     place = ((_LEFT - 0.1) / width, 1 - 0.2 / height)
@@ -140,10 +142,3 @@ def _title(comparison: RankComparison) -> str:
     if correlation is None:
         return "LoRA ranks by depth"
     return f"LoRA ranks by depth; rank correlation {correlation:.2f} over {len(comparison.common):,} layers"
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= _MAX_TITLE:
-        return text
-    half = _MAX_TITLE // 2
-    return f"{text[:half]}…{text[-half:]}"

@@ -13,10 +13,14 @@ def title_names(provenance: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def looks_like_path(name: str) -> bool:
+    """Whether a name cannot be one on the Hub, which is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+
+
 def short_name(name: str) -> str:
     """The last part of a path; a name on the Hub, such as `owner/name`, as it is."""
-    is_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2] if is_path else name
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2] if looks_like_path(name) else name
 
 
 def _name_in(provenance: Mapping[str, Any], key: str) -> str:

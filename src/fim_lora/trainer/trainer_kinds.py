@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import Trainer, TrainingArguments
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 # Trainers of TRL whose dataloader yields all that the loss needs, and whose loss is a mean over the examples. Trainers
 # of other libraries are taken to be like transformers' `Trainer`.
@@ -57,6 +60,8 @@ def _is_any(arguments: TrainingArguments, names: set[str]) -> bool:
 
 def _trainer_of_trl(kind: type[Trainer]) -> type[Trainer] | None:
     """The trainer of TRL that a class is or derives from; private base classes do not count."""
+    from transformers import Trainer  # loads much that `import fim_lora` does not need
+
     for parent in kind.__mro__:
         is_of_trl = parent.__module__.partition(".")[0] == "trl" and issubclass(parent, Trainer)
         if is_of_trl and not parent.__name__.startswith("_"):
