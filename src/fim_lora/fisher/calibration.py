@@ -17,7 +17,7 @@ from ..runtime.wrappers import needs_all_processes, unwrap_engine
 from .doubts import NAME_THE_LABELS
 from .layers.batch_size import batch_size_of, loss_terms_of
 from .layers.registry import TargetLayer
-from .norm_sums import CAUSES_OF_NO_GRADIENT
+from .coverage import CAUSES_OF_NO_GRADIENT
 from .recorder import Recorder
 from .row_probe import RowProbe
 from .statistic import Statistic

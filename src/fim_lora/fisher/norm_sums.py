@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .coverage import CAUSES_OF_NO_GRADIENT as CAUSES_OF_NO_GRADIENT
 from .coverage import (
+    CAUSES_OF_NO_GRADIENT,
     require_usable_batches,
     warn_of_skipped_batches,
     warn_of_unattributed_layers,
