@@ -11,8 +11,9 @@ import numpy as np
 from fim_lora.adapter.plain_adapter import PlainAdapter
 from fim_lora.fisher.basis import Basis, squared_norms
 from fim_lora.fisher.factors import PathMoments
+from fim_lora.fisher.gates import gains_of, gates_of, measured_basis
 from fim_lora.ranks.truncation import by_layer, keep_within, order_of_components, priorities
-from fim_lora.spectrum import DAMPING, gains_of, gates_of, measured_basis
+from fim_lora.spectrum import DAMPING
 
 Kept = dict[str, list[int]]
 
@@ -42,7 +43,7 @@ class Adapter:
 
     def measured_bases(self, damping: float) -> dict[str, Basis]:
         """Components in the metric of the Fisher information, damped towards the plain one."""
-        return {name: measured_basis(one, self.moments, name, damping) for name, one in self.plain.items()}
+        return {name: measured_basis(one.metrics, self.moments, name, damping) for name, one in self.plain.items()}
 
     def gate_saliencies(self, bases: Mapping[str, Basis]) -> dict[str, list[float]]:
         """`½ E_t[q_tj²]` of every component."""

@@ -93,6 +93,12 @@ def test_all_processes_get_the_same_smaller_adapter(results, alone):
     assert first["weights"].keys() == weights(model).keys()
 
 
+def test_processes_that_would_keep_other_ranks_raise(results):
+    for answer in outcome(results, "other_sizes"):
+        assert "pass the same spectrum and size to every process" in answer["error"]
+        assert answer["unchanged"]
+
+
 def test_a_measured_loss_is_that_of_all_processes(results, alone):
     first, second = outcome(results, "compressed_to_a_measured_loss")
     assert first == second

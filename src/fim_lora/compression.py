@@ -19,6 +19,7 @@ from .adapter.patterns import write_pattern
 from .adapter.pending_config import lora_config_of
 from .adapter.plain_adapter import fingerprints
 from .adapter.removal import layers_to_keep
+from .adapter.resize import require_same_ranks
 from .adapter.truncate import CoreMap, config_after_truncation, core_map, truncate_adapter, truncated_weights
 from .fisher.calibration import ForwardFn
 from .fisher.evaluation import mean_loss
@@ -120,9 +121,10 @@ def compress_lora(
         ValueError: If not exactly one of `keep`, `r` and `max_loss_increase` is given, or one is out of range; if
             `max_loss_increase` is given without `eval_dataloader`, or cannot be reached under `r_max`; if the size is
             too small for any component, or for the layers that cannot lose their adapter; if the spectrum was measured
-            on other weights; if the adapter is sharded or has a form that cannot be truncated; or if PEFT could not
-            load the adapter without the layers of rank 0.
-        TypeError: If `optimizer` is no optimizer of PyTorch.
+            on other weights; if the adapter is sharded or has a form that cannot be truncated; if PEFT could not load
+            the adapter without the layers of rank 0; if processes would keep other ranks; or with `eval_dataloader`,
+            if it is empty, the adapter is not active, or a loss is not finite.
+        TypeError: If `optimizer` is no optimizer of PyTorch, or the forward pass returns no loss.
         RuntimeError: If another process failed.
     """
     inner = None if optimizer is None else require_optimizer(optimizer)
@@ -140,6 +142,7 @@ def compress_lora(
     _require_kept(spectrum, kept, at_least, size)
 
     ranks = spectrum.ranks_of(kept)
+    require_same_ranks(ranks, "the same spectrum and size")
     scalings = {layer: one.scaling for layer, one in spectrum.items()}
     if serving:
         shared = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)

@@ -14,14 +14,14 @@ from .adapter.checks import require_resizable, require_untrained
 from .adapter.eva_directions import eva_directions, require_eva
 from .adapter.lora_layers import adapter_layers, name_in_base_model
 from .adapter.pending_config import awaiting_config, final_initialization, require_own_config
-from .adapter.resize import Factors, resize_adapter
+from .adapter.resize import Factors, require_same_ranks, resize_adapter
 from .adapter.watching import NormRecorder, lora_layers_disabled, stop_watching, watched_adapter
 from .fisher.calibration import ForwardFn, forward_fn_default
 from .fisher.coverage import NO_BATCH_SEEN
 from .fisher.layers.registry import target_layer
 from .fisher.scores import FimScores, LayerScore
 from .rank_allocation import RankAllocation
-from .runtime.distributed import gather_from_all, run_on_all
+from .runtime.distributed import run_on_all
 from .runtime.flags import frozen_eval_mode
 from .runtime.unfinished_dataloaders import unfinished_dataloaders_ended
 from .scoring import calibrated_scores
@@ -101,7 +101,8 @@ def initialize_lora_fim_ranks(
         scores = cast(NormRecorder, pending.recorder).result()
 
     allocation = RankAllocation.from_scores(scores, config)
-    _require_same_ranks(allocation)
+    # Only passed scores can differ between processes; measured ones are over the data of all processes.
+    require_same_ranks(allocation.ranks, "the same `fim_scores`")
     new_config = allocation.to_lora_config(_final_config(config))
     factors = {}
     if _uses_eva(config):
@@ -214,14 +215,3 @@ def _final_config(config: LoraConfig) -> LoraConfig:
         config.eva_config = None  # no longer needed, and PEFT would warn about it whenever the adapter is loaded
     config.init_lora_weights = final_initialization(config)
     return config
-
-
-def _require_same_ranks(allocation: RankAllocation) -> None:
-    """Only passed scores can differ between processes; measured ones are over the data of all processes."""
-    for process, ranks in enumerate(gather_from_all(lambda: allocation.ranks)):
-        if ranks != allocation.ranks:
-            name = min(name for name, _ in set(ranks.items()) ^ set(allocation.ranks.items()))
-            raise ValueError(
-                f"Process {process} would give layer {name!r} rank {ranks.get(name)}, this one "
-                f"{allocation.ranks.get(name)}: pass the same `fim_scores` to every process."
-            )

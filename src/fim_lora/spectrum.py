@@ -18,9 +18,10 @@ from .adapter.lora_layers import adapter_layers
 from .adapter.pending_config import lora_config_of
 from .adapter.plain_adapter import PlainAdapter, plain_adapters
 from .adapter.scaled_adapter import scalable_adapter
-from .fisher.basis import Basis, basis_of, damped, gate_gradients, reordered, root_of_metric, squared_norms
+from .fisher.basis import Basis, reordered, squared_norms
 from .fisher.calibration import ForwardFn, calibrate
 from .fisher.factors import PATH_SCALE, PathMoments
+from .fisher.gates import gains_of, gates_of, measured_basis
 from .fisher.layers.components import AdaptedLayer, adapted_layer
 from .ranks.compressed import Compression
 from .ranks.size_curve import SizeCurve
@@ -127,9 +128,10 @@ def get_lora_spectrum(
 
     Raises:
         ValueError: If the adapter does not exist, is in several parts of the model, is not an active LoRA adapter,
-            still awaits its ranks, is merged, is a variant of LoRA such as DoRA, or was initialized with a change of
-            the base weights; if two layers share their weights; if `num_batches` is below 1; if the dataloader is
-            empty or its batches give no usable loss; if without data the adapter is untrained.
+            still awaits its ranks, is merged, is a variant of LoRA such as DoRA, has scaling 0, or was initialized
+            with a change of the base weights; if its weights are shared by two layers, offloaded, flattened by FSDP1,
+            not finite, or those of a sharded embedding; if `num_batches` is below 1; if the dataloader is empty or its
+            batches give no usable loss; if without data the adapter is untrained.
         RuntimeError: If no batch had finite gradients, every gradient is zero, as for an untrained adapter, or another
             process failed.
         TypeError: If a layer's class is not supported, or the forward pass returns no loss.
@@ -237,37 +239,12 @@ def _measured(
     plain: PlainAdapter, moments: PathMoments, name: str
 ) -> tuple[Basis, np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
     """The basis of a layer with each part's components in order, their gates (N × k) and gains (k)."""
-    basis = measured_basis(plain, moments, name, DAMPING)
+    basis = measured_basis(plain.metrics, moments, name, DAMPING)
     gates, gains = gates_of(basis, moments, name), gains_of(basis, moments, name)
     value = priorities(np.square(gates).mean(0) / 2, squared_norms(basis, *plain.metrics), gains)
     order = np.argsort(-value, axis=1, kind="stable")
     gates = np.take_along_axis(gates, order[None], axis=2).sum(1)
     return reordered(basis, order), gates, None if gains is None else np.take_along_axis(gains, order, axis=1).sum(0)
-
-
-def measured_basis(plain: PlainAdapter, moments: PathMoments, name: str, damping: float) -> Basis:
-    """The basis of a layer in the metric of the Fisher information, damped towards the plain one."""
-    measured, (plain_u, plain_h) = moments.whole.of(name), plain.metrics
-    return basis_of(
-        root_of_metric(damped(measured.gradients, plain_u, damping)),
-        root_of_metric(damped(measured.inputs, plain_h, damping)),
-    )
-
-
-def gates_of(basis: Basis, moments: PathMoments, name: str, half: int | None = None) -> np.ndarray[Any, Any]:
-    """Gradients of the gates (N × P × k) for the examples' summed losses, divided by the root of their mean length."""
-    core_gradients = np.concatenate(moments.whole.of(name, half).core_gradients)
-    return gate_gradients(basis, core_gradients) / np.sqrt(moments.terms_per_example)
-
-
-def gains_of(basis: Basis, moments: PathMoments, name: str, half: int | None = None) -> np.ndarray[Any, Any] | None:
-    """How much the loss falls per gate where the adapter has a part of its scaling (P × k), if that was measured."""
-    core_gradients = moments.scaled.of(name, half).core_gradients
-    if not core_gradients:
-        return None
-    # The measured gradients are those of gates on the scaled components.
-    gradients = gate_gradients(basis, np.concatenate(core_gradients).mean(0, keepdims=True, dtype=np.float64))[0]
-    return -gradients / PATH_SCALE / moments.terms_per_example
 
 
 class _HalvesAgree:

@@ -122,6 +122,15 @@ def compressed_to_a_measured_loss(rank):
 
 
 @case
+def other_sizes(rank):
+    model = adapter()
+    found = get_lora_spectrum(model, None)
+    before = weights(model)
+    error = error_of(lambda: compress_lora(model, found, keep=(0.5, 0.25)[rank]))
+    return {"error": error, "unchanged": weights(model) == before}
+
+
+@case
 def sharded_adapters(rank):
     model = sharded(adapter())
     found = spectrum(model, SHARES[rank])

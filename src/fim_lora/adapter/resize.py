@@ -91,6 +91,17 @@ def resize_adapter(
     _adopt(model, adapter_name, new_config)
 
 
+def require_same_ranks(ranks: Mapping[str, int], what: str) -> None:
+    """Raise `ValueError` unless all processes have the same ranks; `what` to pass to every process is the way out."""
+    for process, others in enumerate(gather_from_all(lambda: ranks)):
+        if others != ranks:
+            name = min(name for name, _ in set(others.items()) ^ set(ranks.items()))
+            raise ValueError(
+                f"Process {process} would give layer {name!r} rank {others.get(name)}, this one {ranks.get(name)}: "
+                f"pass {what} to every process."
+            )
+
+
 def _adopt(model: Any, adapter_name: str, new_config: LoraConfig) -> None:
     """Make `new_config` the adapter's config, in place, because the model and its tuner share the object."""
     config = lora_config_of(model, adapter_name)

@@ -14,10 +14,10 @@ from ..runtime.progress import progress_bar
 from ..runtime.unfinished_dataloaders import unfinished_dataloaders_ended
 from ..runtime.user_warnings import warn_user
 from ..runtime.wrappers import needs_all_processes, unwrap_engine
+from .coverage import CAUSES_OF_NO_GRADIENT
 from .doubts import NAME_THE_LABELS
 from .layers.batch_size import batch_size_of, loss_terms_of
 from .layers.registry import TargetLayer
-from .coverage import CAUSES_OF_NO_GRADIENT
 from .recorder import Recorder
 from .row_probe import RowProbe
 from .statistic import Statistic

@@ -1,7 +1,7 @@
 """`Recorder`: hooks that turn forward and backward passes into measurements of each target layer.
 
 A forward hook on each base layer saves its input x, a hook on its output receives the gradient g, and a `Statistic`
-measures both. Only the running sums of the statistic are kept between batches.
+measures both. Between batches, only what the statistic accumulates is kept.
 """
 
 from collections.abc import Iterator, Mapping

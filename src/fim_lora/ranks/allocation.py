@@ -171,9 +171,10 @@ class Allocation:
         )
 
     def save(self, path: str | PathLike[str], **provenance: Any) -> None:
-        """Write the allocation as JSON, completely or not at all. Raises `OSError` if that fails.
+        """Write the allocation as JSON, completely or not at all.
 
         `provenance` has JSON values to write with it, such as versions or the data used; `load` ignores them.
+        Raises `OSError` if the file cannot be written, and `TypeError` or `ValueError` if `provenance` is not JSON.
         """
         header = {"format": "fim_allocation", "schema_version": SCHEMA_VERSION}
         write_json(path, header | {"provenance": provenance} | self.to_dict())

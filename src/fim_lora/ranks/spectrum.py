@@ -282,9 +282,10 @@ class Spectrum(Mapping[str, LayerSpectrum]):
         return cls(layers, require_layer_name(content["adapter_name"]), batches, skipped, examples, terms, scaled)
 
     def save(self, path: str | PathLike[str], **provenance: Any) -> None:
-        """Write the spectrum as JSON, completely or not at all. Raises `OSError` if that fails.
+        """Write the spectrum as JSON, completely or not at all.
 
         `provenance` has JSON values to write with it; `load` ignores them.
+        Raises `OSError` if the file cannot be written, and `TypeError` or `ValueError` if `provenance` is not JSON.
         """
         header = {"format": "fim_spectrum", "schema_version": SCHEMA_VERSION}
         write_json(path, header | {"provenance": provenance} | self.to_dict())
