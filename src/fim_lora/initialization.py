@@ -166,7 +166,7 @@ def _checked_scores(given: Mapping[str, LayerScore | float | Tensor], layers: Ma
 def _checked_score(name: str, score: LayerScore | float | Tensor, layer: LoraLayer) -> LayerScore:
     if isinstance(score, LayerScore):
         return score
-    mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
+    mean = score.detach().cpu().double().mean().item() if isinstance(score, Tensor) else float(score)
     try:
         weight = target_layer(name, layer).weight_shape
         return LayerScore(
