@@ -13,7 +13,7 @@ from fim_lora import compress_lora, get_lora_spectrum
 from fim_lora.compression import measure_sizes
 from fim_lora.fisher.evaluation import mean_loss
 from helpers.adapters import lora_layers
-from helpers.every_layer_type import NAMES, batches, every_type, outputs
+from helpers.every_layer_type import MODULES, NAMES, batches, every_type, outputs
 from helpers.stock_peft import stock
 from helpers.tiny_models import llama, lm_batches, token_batch
 from helpers.trained_adapters import (
@@ -368,6 +368,24 @@ def test_everything_else_stays():
     assert model.peft_config["other"].to_dict() == config
     assert model.active_adapters == ["default"]
     assert a_of(first).shape[0] == next(iter(result.ranks.values()))
+
+
+def test_another_adapter_keeps_its_gradients_where_a_layer_is_dropped():
+    names = [name for name in NAMES if name in MODULES]
+    model = every_type(names=names)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=names))
+    fill(model, "other")
+    model.base_model.set_adapter(["default", "other"])
+    model(**batches([9])[0])["loss"].backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters() if ".other" in name}
+    removed = {value for name, value in model.named_parameters() if "lora_" in name and ".default" in name}
+    result = compress_lora(model, get_lora_spectrum(model, None), keep=0.1)
+    assert len(result.dropped_layers) >= 3
+    left = dict(model.named_parameters())
+    for name, gradient in gradients.items():
+        assert left[name].grad is not None, name
+        assert torch.equal(left[name].grad, gradient), name
+    assert all(value.grad is None for value in removed)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -169,7 +169,7 @@ def _checked_score(name: str, score: LayerScore | float | Tensor, layer: LoraLay
     if isinstance(score, LayerScore):
         _require_same_layer(name, score, _score_of(name, layer, 0.0))
         return score
-    mean = score.detach().double().mean().item() if isinstance(score, Tensor) else float(score)
+    mean = score.detach().cpu().double().mean().item() if isinstance(score, Tensor) else float(score)
     try:
         return _score_of(name, layer, mean)
     except ValueError as error:

@@ -10,7 +10,17 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from fim_lora_command import main
-from helpers.cli_inputs import allocate, compress, error_line, files, save_adapter, save_llama, texts, write_jsonl
+from helpers.cli_inputs import (
+    COMPRESSED_FILES,
+    allocate,
+    compress,
+    error_line,
+    files,
+    save_adapter,
+    save_llama,
+    texts,
+    write_jsonl,
+)
 
 
 def copied(adapter, folder, **changes):
@@ -246,6 +256,17 @@ def test_an_output_folder_with_something_in_it(adapter, data, tmp_path, capsys):
     assert "--overwrite" in error_line(capsys)
     assert compress(adapter, data, out, "--keep", 0.5, "--overwrite") == 0
     assert (out / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", COMPRESSED_FILES)
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_loaded(data, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    assert compress(tmp_path / "no-adapter", data, out, "--keep", 0.5, "--overwrite") == 1
+    message = error_line(capsys)
+    assert f"{out / name} is a folder" in message
+    assert "--output" in message
+    assert files(out) == [name]
 
 
 def test_the_result_can_be_read_as_far_as_the_umask_allows(adapter, data, tmp_path):

@@ -1,6 +1,7 @@
 """The output folder of `fim-lora allocate`: what stays in it, also when a run is interrupted."""
 
 import os
+from pathlib import Path
 
 import pytest
 from transformers import LlamaForCausalLM
@@ -31,6 +32,17 @@ def test_a_folder_of_another_command_is_refused_even_with_overwrite(llama, data,
     assert allocate(llama, data, out, "--overwrite") == 1
     assert "fim_compression.json" in error_line(capsys)
     assert files(out) == ["fim_compression.json"]
+
+
+@pytest.mark.parametrize("name", OUR_FILES)
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_model_is_searched_for(data, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    assert allocate(tmp_path / "no-model", data, out, "--overwrite") == 1
+    message = error_line(capsys)
+    assert f"{out / name} is a folder" in message
+    assert "--output" in message
+    assert files(out) == [name]
 
 
 def test_an_empty_folder_and_missing_parents_are_used(llama, data, tmp_path):
@@ -86,6 +98,26 @@ def test_an_interruption_leaves_no_trace(llama, data, tmp_path, capsys, monkeypa
     if overwrite:
         assert files(out) == ["adapter_config.json"]
         assert (out / "adapter_config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "somewhere"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", OUR_FILES)
+def test_a_move_that_fails_leaves_the_previous_files(llama, data, tmp_path, monkeypatch, failing, error):
+    out = tmp_path / "out"
+    out.mkdir()
+    previous = {name: f"previous {name}" for name in ("adapter_config.json", "rank_map.png", "notes.txt")}
+    for name, text in previous.items():
+        (out / name).write_text(text)
+    replace = Path.replace
+
+    def fail_at_one(path, target):
+        if Path(target) == out / failing and path.parent.name == "files":
+            raise error
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail_at_one)
+    assert allocate(llama, data, out, "--overwrite") == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert {path.name: path.read_text() for path in out.iterdir()} == previous
 
 
 def test_a_full_disk_leaves_no_trace(llama, data, tmp_path, capsys, monkeypatch):

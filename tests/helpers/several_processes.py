@@ -25,7 +25,7 @@ from helpers.proportional import proportional
 from helpers.single_layers import WIDTH
 from helpers.tiny_models import llama, token_batch
 from helpers.torchrun import run_cases
-from helpers.trainers import allocate, sft_trainer
+from helpers.trainers import allocate, plain_trainer, sft_trainer
 
 # Unequal sizes and unequal numbers. The first process has more.
 SHARES = [[token_batch(3, 10, seed=0), token_batch(4, 8, seed=1), token_batch(2, 12, seed=2)], [token_batch(seed=3)]]
@@ -192,6 +192,27 @@ def trainer_of_trl(rank):
     trainer.train()
     trained = {name: p.tolist() for name, p in trainer.model.named_parameters() if "lora_" in name}
     return result | {"trained": trained}
+
+
+@case
+def resuming_on_computers_of_their_own(rank):
+    """Each process has its own folder, and only that of process 0 has the allocation."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = f"{folder}/run/checkpoint-2"
+
+        def resumed(path, **options):
+            # Of other weights: a calibration instead of the file would give other scores.
+            trainer = plain_trainer(f"{folder}/again", config(**options))
+            with torch.no_grad():
+                trainer.model.get_base_model().lm_head.weight.mul_(2)
+            return allocate(trainer, resume_from_checkpoint=path).to_dict()
+
+        first = allocate(plain_trainer(f"{folder}/run", config())).to_dict()
+        files = [path.name for path in Path(folder).rglob("*.json")]
+        found = resumed(checkpoint)
+        different = error_of(lambda: resumed(checkpoint, **({} if rank == 0 else {"r_max": 4})))
+        missing = error_of(lambda: resumed(f"{folder}/nothing/checkpoint-2"))
+    return {"first": first, "files": files, "resumed": found, "different": different, "missing": missing}
 
 
 # --- Sharded models ---

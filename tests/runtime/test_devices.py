@@ -6,8 +6,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fim_lora import get_lora_spectrum, initialize_lora_fim_ranks
+from fim_lora.adapter import truncate
+from fim_lora.adapter.truncate import core_map
+from helpers.adapters import fim_model, lora_layers
 from helpers.calibration import calibrate_norms
+from helpers.every_layer_type import batches, every_type
 from helpers.llama_calibration import assert_scores
+from helpers.trained_adapters import lora_layers_of, spectrum_of
 
 HOST, SECOND = torch.device("cpu"), torch.device("cpu:1")
 
@@ -35,7 +41,10 @@ class TwoDevices(TorchDispatchMode):
 
 
 def on_one_device(function, args, kwargs):
-    """The rules of PyTorch for GPUs: only copies go from device to device, and numbers may come from the host."""
+    """The rules of PyTorch for GPUs: only copies go from device to device, and numbers may come from the host.
+
+    The second device has neither float64 nor decompositions, like Apple's GPUs.
+    """
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     devices = {tensor.device for tensor in tensors if tensor.ndim or tensor.device != HOST}
     copies = function is torch.ops.aten.copy_.default
@@ -49,6 +58,9 @@ def on_one_device(function, args, kwargs):
         return HOST if value == SECOND else value
 
     result = function(*tree_map(inside, args), **tree_map(inside, kwargs))
+    wide = any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result))
+    if device == SECOND and (wide or "linalg_qr" in function._schema.name):
+        raise TypeError(f"{function} in float64, or a decomposition, on {SECOND}")
     if function._schema.name.endswith("_"):
         return args[0]
     return tree_map(
@@ -86,6 +98,12 @@ class OfAllTypes(nn.Module):
         return self.last(x).square().sum((1, 2)).mean()
 
 
+def move(model):
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            module._parameters[key] = nn.Parameter(OnSecondDevice(parameter.detach()), parameter.requires_grad)
+
+
 def test_layers_on_several_devices():
     torch.manual_seed(1)
     batches = [torch.randint(0, 9, (3, 7)) for _ in range(2)]
@@ -107,10 +125,45 @@ def test_layers_on_several_devices():
     model = OfAllTypes()
     with TwoDevices():
         for name in ("embedding", "convolution", "attention", "last"):
-            for module in model.get_submodule(name).modules():
-                for key, parameter in module.named_parameters(recurse=False):
-                    module._parameters[key] = nn.Parameter(OnSecondDevice(parameter.detach()))
+            move(model.get_submodule(name))
         with pytest.raises(RuntimeError, match="of tensors on"):
             nn.Linear.forward(model.last, torch.randn(2, 4))
         scores = calibrate_norms(model, layers(model), batches, 2, show_progress_bar=False)
     assert_scores(scores, truth)
+
+
+def spectrum_and_factors(model, data, monkeypatch):
+    """The spectrum of the adapter, and the factors of its first components, before they are written into the model."""
+    spectrum, found = spectrum_of(model, data), []
+    maps = {name: core_map(layer.left, layer.right, [0]) for name, layer in spectrum.items()}
+    with monkeypatch.context() as patched:
+        patched.setattr(truncate, "resize_adapter", lambda *arguments: found.append(arguments[-1]))
+        truncate.truncate_adapter(model, lora_layers_of(model), "default", maps, {}, model.peft_config["default"])
+    return spectrum, found[0]
+
+
+def test_a_trained_adapter_on_a_device_without_float64(monkeypatch):
+    expected, factors = spectrum_and_factors(every_type(), batches(), monkeypatch)
+    model = every_type()
+    with TwoDevices():
+        move(model)
+        data = [{"ids": OnSecondDevice(batch["ids"])} for batch in batches()]
+        spectrum, moved = spectrum_and_factors(model, data, monkeypatch)
+        without_data = get_lora_spectrum(model, None)
+    assert without_data == get_lora_spectrum(every_type(), None)
+    for name, layer in expected.items():
+        assert spectrum[name].saliencies == pytest.approx(layer.saliencies, rel=1e-4)
+        assert spectrum[name].gains == pytest.approx(layer.gains, rel=1e-4)
+        for found, truth in zip(moved[name], factors[name], strict=True):
+            torch.testing.assert_close(found.a.value, truth.a, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(found.b.value, truth.b, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_on_a_device_without_float64():
+    names = list(lora_layers(fim_model()))
+    scores = {name: torch.rand(3, 2, generator=torch.Generator().manual_seed(i)) for i, name in enumerate(names)}
+    expected = initialize_lora_fim_ranks(fim_model(), fim_scores=scores)
+    with TwoDevices():
+        there = {name: OnSecondDevice(score) for name, score in scores.items()}
+        found = initialize_lora_fim_ranks(fim_model(), fim_scores=there)
+    assert (found.ranks, found.scores.to_dict()) == (expected.ranks, expected.scores.to_dict())

@@ -97,6 +97,17 @@ def test_a_trainer_of_trl(results, tmp_path):
     assert first["trained"] != {name: first["weights"][name] for name in first["weights"]}
 
 
+def test_resuming_where_only_the_first_process_sees_the_allocation(results):
+    first, second = outcome(results, "resuming_on_computers_of_their_own")
+    assert (first["files"], second["files"]) == (["fim_allocation.json"], [])
+    for result in (first, second):
+        assert result["resumed"] == first["first"]
+    assert first["missing"].startswith("FileNotFoundError")
+    assert second["missing"].startswith("RuntimeError: Process 0 failed")
+    assert first["different"].startswith("RuntimeError: Process 1 failed")
+    assert second["different"].startswith("ValueError: The config gives other ranks than")
+
+
 def test_random_numbers_on_the_way_are_the_same(results):
     outcome(results, "pissa_draws_the_same_numbers")
 

@@ -94,15 +94,15 @@ class Weights:
         return self.form.read_a(a.to(dtype)), self.form.read_b(b.to(dtype))
 
     def grams(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """`A Aᵀ` and `BᵀB` (P × r × r), in float64."""
-        a, b = (matrices.double() for matrices in self.matrices())
-        return (a @ a.mT).cpu().numpy(), (b.mT @ b).cpu().numpy()
+        """`A Aᵀ` and `BᵀB` (P × r × r), in float64, which not every device has, and therefore on the host."""
+        a, b = (matrices.cpu().double() for matrices in self.matrices())
+        return (a @ a.mT).numpy(), (b.mT @ b).numpy()
 
     def triangles(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """The triangles R of `Aᵀ = Q R` and of `B = Q R` (P × r × r), in float64."""
-        a, b = self.matrices()
-        triangles = (torch.linalg.qr(tall.double(), mode="r").R for tall in (a.mT, b))
-        in_a, in_b = (_square(triangle).cpu().numpy() for triangle in triangles)
+        """The triangles R of `Aᵀ = Q R` and of `B = Q R` (P × r × r), in float64 on the host, as `grams`."""
+        a, b = (matrices.cpu().double() for matrices in self.matrices())
+        triangles = (torch.linalg.qr(tall, mode="r").R for tall in (a.mT, b))
+        in_a, in_b = (_square(triangle).numpy() for triangle in triangles)
         return in_a, in_b
 
     def is_zero(self) -> bool:

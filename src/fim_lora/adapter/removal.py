@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
 from ..runtime.flags import requires_grad_restored
+from .layer_state import own_modules_and_parameters
 from .lora_layers import layers_rebuilt_together
 from .targets import resolve_targets
 
@@ -79,9 +80,7 @@ def _parents(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, str]]:
 def _remove(parents: dict[nn.Module, tuple[nn.Module, str]], layer: Any, adapter_name: str, bias: str) -> None:
     parts = layers_rebuilt_together(layer)
     for part in parts:
-        for name, parameter in part.named_parameters():
-            if "lora_" in name:
-                parameter.grad = None
+        _clear_gradients(part, adapter_name)
     if set(layer.r) - {adapter_name}:
         for part in parts:
             _delete_adapter(part, adapter_name)
@@ -92,6 +91,16 @@ def _remove(parents: dict[nn.Module, tuple[nn.Module, str]], layer: Any, adapter
         base.requires_grad_(False)
     setattr(parent, attribute, base)
     parents[base] = parent, attribute
+
+
+def _clear_gradients(layer: Any, adapter_name: str) -> None:
+    """Clear the gradients of one adapter, because an optimizer may hold its parameters after the removal.
+
+    PEFT names a parameter by its container and the adapter: `lora_A.default.weight`, `lora_embedding_A.default`.
+    """
+    for (module_name, own_name), parameter in own_modules_and_parameters(layer)[1].items():
+        if f"{module_name}.{own_name}".split(".")[1] == adapter_name:
+            parameter.grad = None
 
 
 def _base_of(layer: Any) -> nn.Module:

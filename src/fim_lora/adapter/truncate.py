@@ -174,7 +174,7 @@ def _balanced(weights: Weights, mapped: CoreMap) -> CoreMap:
         norms_a = torch.linalg.vector_norm(mapped.rows.to(a) @ a, dim=2)
         norms_b = torch.linalg.vector_norm(b @ mapped.columns.to(b), dim=1)
     is_defined = (norms_a > 0) & (norms_b > 0)
-    factor = torch.where(is_defined, (norms_b / norms_a).sqrt(), 1.0).double().cpu()
+    factor = torch.where(is_defined, (norms_b / norms_a).sqrt(), 1.0).cpu().double()
     return CoreMap(mapped.rows * factor[:, :, None], mapped.columns / factor[:, None, :], mapped.scaling_ratio)
 
 

@@ -80,7 +80,7 @@ def allocate(options: AllocateOptions) -> None:
     """Calibrate, allocate, write the output folder and print the summary; or tell what this would take."""
     show_library_bars = sys.stderr.isatty()
     if options.output is not None:
-        require_writable(options.output, options.overwrite, foreign=COMPRESSION_FILE)
+        require_writable(options.output, options.overwrite, OUTPUT_FILES, foreign=COMPRESSION_FILE)
     source = find_model(options.model, options.trust_remote_code)
     seconds: dict[str, float] = {}
     with quiet_libraries(show_library_bars):

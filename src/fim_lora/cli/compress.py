@@ -50,7 +50,7 @@ class _Outcome:
 def compress(options: CompressOptions) -> None:
     """Calibrate, compress, write the output folder and print the summary."""
     show_library_bars = sys.stderr.isatty()
-    require_writable(options.output, options.overwrite, foreign=ALLOCATION_FILE)
+    require_writable(options.output, options.overwrite, COMPRESSED_FILES, foreign=ALLOCATION_FILE)
     source = find_adapter(options.adapter)
     if options.output.resolve() == source.folder.resolve():
         raise CommandError(f"{options.output} is the adapter itself, which would be lost: give another --output.")

@@ -1,7 +1,7 @@
 """Files of the output folder: where they may be written, and how a result is read again."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,11 @@ def write_allocation(
         draw_rank_map(allocation, stage / RANK_MAP, **title_names(provenance))
 
 
-def require_writable(folder: Path, overwrite: bool, foreign: str) -> None:
+def require_writable(folder: Path, overwrite: bool, files: Iterable[str], foreign: str) -> None:
     """Reject an output folder that could not be written at the end, or that has files in it, unless `overwrite`.
 
-    `foreign` names the file of another command, whose result would become stale in the folder.
+    `files` are the names of those to write. `foreign` names the file of another command, whose result would become
+    stale in the folder.
     """
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"{folder} exists and is not a folder: give another --output.")
@@ -76,6 +77,9 @@ def require_writable(folder: Path, overwrite: bool, foreign: str) -> None:
         )
     if (folder / foreign).exists():
         raise CommandError(f"{folder} has the result of another command, {foreign}: give another --output.")
+    for file in (folder / name for name in files):
+        if file.is_dir():
+            raise CommandError(f"{file} is a folder in the place of a file: remove it, or give another --output.")
     _require_writable_parent(folder)
     if (folder / REPORT).exists():
         warn(

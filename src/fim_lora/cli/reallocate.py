@@ -34,7 +34,7 @@ def reallocate(
     `settings` has the new `r`, `lora_alpha` and `fim_config`.
     """
     folder = result_folder(folder)
-    require_writable(output, overwrite, foreign=COMPRESSION_FILE)
+    require_writable(output, overwrite, OUTPUT_FILES, foreign=COMPRESSION_FILE)
     allocation, config = reallocated(folder, settings, serving)
     provenance = _provenance(folder)
     write_allocation(output, allocation, config, provenance)

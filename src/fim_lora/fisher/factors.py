@@ -269,7 +269,7 @@ def _no_moments(shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerMoments
 def _to_host(layer: MeasuredLayer) -> tuple[Array, Array, Array]:
     """The moments for the summed loss, of which the back-propagated loss is the mean."""
     inputs, gradients, core = (
-        tensor.detach().double().cpu().numpy()
+        tensor.detach().cpu().double().numpy()
         for tensor in (layer.moments.inputs, layer.moments.gradients, layer.moments.core_gradients)
     )
     squared_terms = float(layer.num_loss_terms) ** 2

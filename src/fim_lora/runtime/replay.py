@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
-from torch.utils.checkpoint import get_device_states, set_device_states
 from typing_extensions import Self
 
 
@@ -24,16 +23,22 @@ class RandomState:
     @classmethod
     def capture(cls, *tensors: Any) -> Self:
         """Capture the current state of the host and of the devices of all tensors in these nested values."""
-        types = (leaf.device.type for leaf in tree_flatten(tensors)[0] if isinstance(leaf, Tensor))
-        device_type = next((name for name in types if name not in ("cpu", "meta")), "cuda")
-        return cls(torch.get_rng_state(), *get_device_states(*tensors), device_type=device_type)
+        # Not `torch.utils.checkpoint.get_device_states`, which selects each device: `torch.mps` cannot do that.
+        present = [leaf.device for leaf in tree_flatten(tensors)[0] if isinstance(leaf, Tensor)]
+        device_type = next((device.type for device in present if device.type not in ("cpu", "meta")), "cuda")
+        devices = sorted({device.index or 0 for device in present if device.type == device_type})
+        module = torch.get_device_module(device_type)
+        return cls(torch.get_rng_state(), devices, [module.get_rng_state(index) for index in devices], device_type)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside the block, random numbers repeat those drawn after the capture. Outside it, nothing changes."""
         with torch.random.fork_rng(self.devices, device_type=self.device_type):
             torch.set_rng_state(self.host)
-            set_device_states(self.devices, self.states, device_type=self.device_type)
+            module = torch.get_device_module(self.device_type)
+            # The states may come from another process, with another number of devices.
+            for index, state in zip(self.devices, self.states, strict=False):
+                module.set_rng_state(state, index)
             yield
 
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import LoraConfig
 from torch import nn
@@ -23,7 +23,7 @@ from ..initialization import initialize_lora_fim_ranks
 from ..rank_allocation import RankAllocation
 from ..ranks.allocation import ALLOCATION_FILE
 from ..runtime.atomic import file_restorer
-from ..runtime.distributed import is_main_process, run_on_all
+from ..runtime.distributed import gather_from_all, is_main_process, run_on_all
 from ..runtime.flags import frozen_eval_mode
 from ..scoring import calibrated_scores
 from .trainer_kinds import require_complete_batches, rows_per_example_in_batches
@@ -49,7 +49,8 @@ def initialize_lora_fim_ranks_for_trainer(
     reward models) an example is a pair.
 
     The allocation is also written to `fim_allocation.json` in the trainer's `output_dir`. To resume, run the same
-    script with `resume_from_checkpoint`: then the ranks come from that file, and no calibration runs.
+    script with `resume_from_checkpoint`: then the ranks come from that file, and no calibration runs. Only process 0
+    writes and reads it.
 
     Args:
         trainer: A trainer that has not trained yet, whose model has an adapter that awaits allocation, or holds a
@@ -79,7 +80,7 @@ def initialize_lora_fim_ranks_for_trainer(
     forward_fn = _forward_fn(trainer)
     with _training_batches(trainer) as batches, _without_other_processes(trainer):
         if resume_from_checkpoint:
-            scores = run_on_all(lambda: _previous_scores(trainer, resume_from_checkpoint, config))
+            scores = _previous_scores(trainer, resume_from_checkpoint, config)
         else:
             with _frozen_companions(trainer), lora_layers_disabled(model, part):
                 scores = calibrated_scores(
@@ -184,6 +185,17 @@ def _saved(allocation: RankAllocation, path: Path) -> Iterator[None]:
 
 def _previous_scores(trainer: Trainer, resume_from_checkpoint: str | bool, config: LoraConfig) -> FimScores:
     """The scores beside the checkpoint, if the config still gives the ranks with which it was trained."""
+    # Only process 0 wrote the file, and another computer need not see it.
+    found = gather_from_all(
+        lambda: _previous_allocation(trainer, resume_from_checkpoint) if is_main_process() else None
+    )[0]
+    path, before = cast(tuple[Path, RankAllocation], found)
+    run_on_all(lambda: _require_same_ranks(before, path, config))
+    return before.scores
+
+
+def _previous_allocation(trainer: Trainer, resume_from_checkpoint: str | bool) -> tuple[Path, RankAllocation]:
+    """The file beside the checkpoint, and the allocation in it."""
     if isinstance(resume_from_checkpoint, bool):
         folder = Path(trainer.args.output_dir)
         if not folder.is_dir() or get_last_checkpoint(folder) is None:
@@ -193,11 +205,13 @@ def _previous_scores(trainer: Trainer, resume_from_checkpoint: str | bool, confi
     else:
         folder = Path(resume_from_checkpoint).parent
     path = folder / ALLOCATION_FILE
-    before = RankAllocation.load(path)
+    return path, RankAllocation.load(path)
+
+
+def _require_same_ranks(before: RankAllocation, path: Path, config: LoraConfig) -> None:
     now = RankAllocation.from_scores(before.scores, config)
     if (now.ranks, now.alphas) != (before.ranks, before.alphas):
         raise ValueError(
             f"The config gives other ranks than {path}, with which the checkpoint was trained: resume with the r, "
             "lora_alpha, patterns and FimConfig of that run, or start a new one."
         )
-    return before.scores

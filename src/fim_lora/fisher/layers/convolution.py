@@ -41,7 +41,7 @@ def measure_convolution(target: TargetLayer, calls: Sequence[LayerCall], batch_s
     Inputs are not unfolded, and only the gradient of one example exists at a time. Raises `UnattributableError`.
     """
     layer = target.module
-    pairs = [_images_by_example(call, layer.weight.ndim, batch_size) for call in calls]
+    pairs = [_images_by_example(call, len(layer.kernel_size) + 2, batch_size) for call in calls]
     with torch.no_grad(), without_autocast(pairs[0][0].device.type):
         gradients = (_gradient_of_example(layer, pairs, example) for example in range(batch_size))
         return torch.stack([torch.linalg.vector_norm(gradient).square() for gradient in gradients])
@@ -49,13 +49,13 @@ def measure_convolution(target: TargetLayer, calls: Sequence[LayerCall], batch_s
 
 def _gradient_of_example(layer: Any, pairs: Sequence[tuple[Tensor, Tensor]], example: int) -> Tensor:
     """The gradient of the weight (C_out × C_in / groups × kernel) for one example, summed over the calls."""
-    weight_gradient = _WEIGHT_GRADIENTS[layer.weight.ndim - 2]
+    weight_gradient = _WEIGHT_GRADIENTS[len(layer.kernel_size)]
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     dtype = compute_dtype(*pairs[0])
     gradients = (
         weight_gradient(
             F.pad(x[example].to(dtype), layer._reversed_padding_repeated_twice, mode=mode),
-            layer.weight.shape,
+            _shape_of_weight(layer),
             g[example].to(dtype),
             stride=layer.stride,
             dilation=layer.dilation,
@@ -64,6 +64,11 @@ def _gradient_of_example(layer: Any, pairs: Sequence[tuple[Tensor, Tensor]], exa
         for x, g in pairs
     )
     return cast(Tensor, sum(gradients))
+
+
+def _shape_of_weight(layer: Any) -> tuple[int, ...]:
+    """From attributes, because a sharded or offloaded weight may be empty."""
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
 
 
 def _images_by_example(call: LayerCall, num_dimensions: int, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +90,7 @@ def measure_convolution_components(
     The B of a grouped convolution has groups, too, so components of different groups do not mix. Every place of the
     output is a position. Raises `UnattributableError`.
     """
-    groups, num_dimensions = target.base_layer.groups, target.module.weight.ndim
+    groups, num_dimensions = target.base_layer.groups, len(target.module.kernel_size) + 2
     pairs = [_images_by_example(call, num_dimensions, batch_size) for call in calls]
     by_group = [(_positions_by_group(h, groups), _positions_by_group(u, groups)) for h, u in pairs]
     return moments_of_positions([[(h[group], u[group]) for h, u in by_group] for group in range(groups)])
@@ -98,8 +103,7 @@ def _positions_by_group(value: Tensor, groups: int) -> list[Tensor]:
 
 
 def _convolution_entries_shape(target: TargetLayer) -> tuple[int, ...]:
-    layer = target.module
-    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+    return _shape_of_weight(target.module)
 
 
 @register_entries(measure_convolution, entries_shape=_convolution_entries_shape)
@@ -111,7 +115,7 @@ def add_convolution_entries(
     The temporary memory is one gradient of the weight, and a second one if `total` is on another device.
     """
     layer = target.module
-    pairs = [_images_by_example(call, layer.weight.ndim, batch_size) for call in calls]
+    pairs = [_images_by_example(call, len(layer.kernel_size) + 2, batch_size) for call in calls]
     device, dtype = pairs[0][0].device, compute_dtype(*pairs[0])
     with torch.no_grad(), without_autocast(device.type), accumulator(total, device, dtype) as block:
         for example in range(batch_size):
