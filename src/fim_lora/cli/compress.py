@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from fim_lora_command.errors import CommandError, warn
 
 from ..compression import LoraCompression, compress_lora, measure_sizes
-from ..fisher.evaluation import mean_loss
 from ..ranks.allocation import ALLOCATION_FILE
 from ..ranks.compressed import COMPRESSION_FILE
 from ..ranks.size_curve import SIZE_CURVE_FILE, SizeCurve
@@ -76,7 +76,7 @@ def _compressed(options: CompressOptions, model: Any, inputs: Inputs, seconds: d
     batches = None if inputs.calibration is None else inputs.calibration.batches
     with timed(seconds, "calibrating"):
         spectrum = get_lora_spectrum(model, batches, num_batches=options.batches)
-        loss_before = _loss_of_classifier(model, inputs)
+        loss_before = _loss_of_classifier(model, spectrum, inputs)
     eval_batches = None if inputs.evaluation is None else inputs.evaluation.batches
     losses: list[tuple[int, float]] = []
     with timed(seconds, "compressing" if eval_batches is None else "measuring and compressing"):
@@ -97,11 +97,15 @@ def _compressed(options: CompressOptions, model: Any, inputs: Inputs, seconds: d
     return _Outcome(result, spectrum, losses, loss_before)
 
 
-def _loss_of_classifier(model: Any, inputs: Inputs) -> float | None:
+def _loss_of_classifier(model: Any, spectrum: LoraSpectrum, inputs: Inputs) -> float | None:
     """The loss of a classifier on some calibration batches, if the loss before is not measured on evaluation data."""
     if inputs.task != "seq-cls" or inputs.calibration is None or inputs.evaluation is not None:
         return None
-    return mean_loss(model, list(islice(inputs.calibration.batches, _NUM_GUESSED_BATCHES)), show_progress_bar=False)
+    batches = list(islice(inputs.calibration.batches, _NUM_GUESSED_BATCHES))
+    with suppress(ValueError):  # a loss that is not finite, which the calibration has left out
+        [(_, loss)] = measure_sizes(model, spectrum, [spectrum.num_parameters], batches, show_progress_bar=False)
+        return loss
+    return None
 
 
 def _sizes_to_measure(options: CompressOptions, spectrum: LoraSpectrum) -> list[int]:
