@@ -36,7 +36,7 @@ DEMO := demo-output
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest lint types docs constraints clean
+.PHONY: help demo test test-lowest lint types docs install constraints clean
 
 help: ## List the targets.
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,8 @@ constraints: $(STAMPS)/venv ## Write constraints.txt and constraints-lowest.txt 
 
 docs: $(STAMPS)/docs ## Build the documentation as a site in site/, and check its links.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+install: $(STAMPS)/test $(STAMPS)/docs $(QUANTIZED) $(DEEPSPEED) $(LOWEST) $(VENV)/torchao-$(LOWEST_TORCHAO) ## Install what all checks need.
 
 clean: ## Delete the virtual environment, the output of the demo and the site.
 	rm -rf $(VENV) $(DEMO) site

@@ -1,4 +1,4 @@
-"""On a GPU: products in half precision, whole models in every precision, quantized models, and training.
+"""On a GPU: products in half precision, whole models in every precision, quantized models, training, and cuts.
 
 Skipped without a GPU.
 """
@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from fim_lora import get_fim_scores, initialize_lora_fim_ranks
+from fim_lora import FimCompressionCallback, compress_lora, get_fim_scores, initialize_lora_fim_ranks
 from fim_lora.fisher.gradients.norms import gram_squared_norms, materialized_squared_norms, squared_norms
 from fim_lora.fisher.gradients.products import multiplies_uncopied
 from fim_lora.fisher.gradients.sketch import WIDTH, Sketch, random_signs, sketched_squared_norms
@@ -21,6 +21,8 @@ from helpers.proportional import proportional
 from helpers.quantized_models import TARGETS, dequantized_model, float_llama
 from helpers.single_layers import LAYERS, Net, assert_score, batches_for, by_row, per_example_truth, scores_of
 from helpers.tiny_models import llama, lm_batches, names_of, per_example_scores, token_batch
+from helpers.trained_adapters import spectrum_of, trained
+from helpers.wide_trainers import CUT, CUT_STEP, NARROW, STEPS, WIDE, trainer_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -233,3 +235,70 @@ def test_layers_on_two_devices():
     for name in ("first", "second"):
         truth = per_example_truth(model, batches, [f"{name}.weight"], by_row)
         assert_score(scores_of(model, batches, name)[name], truth, rtol=1e-4)
+
+
+# --- After and during training ---
+
+
+def steps(model, batches, optimizer):
+    """The loss of each step."""
+    losses = []
+    for batch in batches:
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def adam(model):
+    return torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
+
+
+def test_a_spectrum_and_a_cut_are_those_on_the_host_and_training_goes_on():
+    batches = lm_batches(4)
+    results, losses, spectra = [], [], []
+    for device, data in ((torch.device("cpu"), batches), (GPU, to_gpu(batches))):
+        model = trained(llama()).double().to(device)
+        optimizer = adam(model)
+        first = steps(model, data, optimizer)
+        spectra.append(spectrum_of(model, data))
+        results.append(compress_lora(model, spectra[-1], keep=0.5, optimizer=optimizer))
+        losses.append(first + steps(model, data, optimizer))
+        assert all(value.device.type == device.type for value in model.parameters())
+    assert results[0].ranks == results[1].ranks
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, on_host in spectra[0].items():
+        assert spectra[1][name].saliencies == pytest.approx(on_host.saliencies, rel=1e-3)
+        assert spectra[1][name].gains.tolist() == pytest.approx(on_host.gains.tolist(), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_a_training_that_begins_wide(tmp_path, precision):
+    callback = FimCompressionCallback(**CUT)
+    trainer = trainer_of(tmp_path, [callback], use_cpu=False, **precision)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert callback.cut_at_step == CUT_STEP
+    assert callback.compression.share <= NARROW / WIDE
+    for name, weight in trainer.model.named_parameters():
+        assert weight.device.type == GPU.type, name
+        assert torch.isfinite(weight).all(), name
+
+
+def test_a_quantized_model_keeps_its_weights_when_its_adapter_is_cut(tmp_path):
+    float_llama().save_pretrained(tmp_path)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        device_map={"": 0},
+    )
+    model = trained(quantized, target_modules=TARGETS)
+    before = {name: value.clone() for name, value in model.named_parameters() if "lora_" not in name}
+    spectrum = spectrum_of(model, to_gpu(lm_batches(2)))
+    result = compress_lora(model, spectrum, keep=0.5)
+    assert 0.4 < result.share <= 0.5
+    after = dict(model.named_parameters())
+    for name, value in before.items():
+        assert torch.equal(after.get(name, after.get(name.replace(".base_layer", ""))), value), name
