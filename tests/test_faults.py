@@ -135,16 +135,17 @@ def test_a_dataloader_that_fails_leaves_no_trace(fault, call):
         require_same_result(model, lm_batches())
 
 
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 9:
+            raise OSError("shard 9 is gone")
+        return {key: value[0] for key, value in token_batch(1, seed=index).items()}
+
+
 def test_a_dataloader_of_torch_whose_worker_raises():
-    class Broken(torch.utils.data.Dataset):
-        def __len__(self):
-            return 12
-
-        def __getitem__(self, index):
-            if index == 9:
-                raise OSError("shard 9 is gone")
-            return {key: value[0] for key, value in token_batch(1, seed=index).items()}
-
     model = fim_model()
     before = state_of(model)
     loader = torch.utils.data.DataLoader(Broken(), batch_size=4, num_workers=1)

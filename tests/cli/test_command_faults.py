@@ -40,7 +40,7 @@ COMPRESS_PHASES = {
     "loading the model": ("fim_lora.cli.compress_inputs", "read_model"),
     "loading the adapter": ("fim_lora.cli.trained_adapter", "_require_finite"),
     "in the forward pass": ("fim_lora.fisher.calibration", "loss_of"),
-    "in the backward pass": ("fim_lora.spectrum", "gate_gradients"),
+    "in the backward pass": ("fim_lora.fisher.gates", "gate_gradients"),
     "measuring": ("fim_lora.fisher.evaluation", "loss_in"),
     "truncating": ("fim_lora.compression", "truncate_adapter"),
     "writing the weights": ("fim_lora.cli.trained_adapter", "load_file"),

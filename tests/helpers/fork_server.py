@@ -20,7 +20,9 @@ TESTS = Path(__file__).parents[1]
 def _server(modules, variables):
     """The process that has imported these modules. It ends with the tests, when its input is closed."""
     command = [sys.executable, str(Path(__file__)), *modules]
-    environment = os.environ | dict(variables)
+    # The tracker of semaphores warns of those of tqdm, because a fork ends without the cleanup of Python.
+    quiet = {"PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}
+    environment = os.environ | quiet | dict(variables)
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
