@@ -148,7 +148,7 @@ class Broken(torch.utils.data.Dataset):
 def test_a_dataloader_of_torch_whose_worker_raises():
     model = fim_model()
     before = state_of(model)
-    loader = torch.utils.data.DataLoader(Broken(), batch_size=4, num_workers=1)
+    loader = torch.utils.data.DataLoader(Broken(), batch_size=4, num_workers=1, multiprocessing_context="fork")
     with pytest.raises(OSError, match="shard 9 is gone"):
         initialize_lora_fim_ranks(model, loader, show_progress_bar=False)
     require_same_state(model, before)
