@@ -53,7 +53,8 @@ demo: $(STAMPS)/demo ## Allocate ranks for SmolLM2-135M on real text, train with
 test: $(STAMPS)/test $(QUANTIZED) $(DEEPSPEED) ## Run all tests with the newest supported PEFT.
 	$(PYTEST) --ignore tests/adapter/test_quantized.py --ignore tests/runtime/test_zero3.py
 	PYTHONPATH=$(QUANTIZED) $(BIN)/python -m pytest -q tests/adapter/test_quantized.py
-	PYTHONPATH=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest -q tests/runtime/test_zero3.py
+	PYTHONPATH=$(abspath $(DEEPSPEED)) PATH="$(abspath $(DEEPSPEED))/bin:$$PATH" $(BIN)/python -m pytest -q \
+		tests/runtime/test_zero3.py
 
 test-lowest: $(STAMPS)/test $(QUANTIZED) $(LOWEST) $(VENV)/torchao-$(LOWEST_TORCHAO) ## Run the tests that depend on other libraries with the lowest supported versions.
 	PYTHONPATH=$(abspath $(LOWEST)) $(PYTEST) --disable-warnings $(LOWEST_TESTS)
