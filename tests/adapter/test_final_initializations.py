@@ -179,7 +179,8 @@ def test_the_names_of_the_initializations_that_change_base_weights(init):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8))
     before = model[0].weight.detach().clone()
-    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=init)
+    eva_config = peft.EvaConfig() if init == "eva" else None
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=init, eva_config=eva_config)
     if init == "lora_ga":
         of_peft = pytest.importorskip("peft.tuners.lora.loraga")
         config.lora_ga_config = peft.LoraGAConfig()

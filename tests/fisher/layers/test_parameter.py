@@ -143,7 +143,8 @@ def test_a_module_that_does_not_repeat_itself_is_an_error():
 
 
 def test_a_batch_that_is_not_finite_is_left_out():
-    config = LoraConfig(target_modules=[], target_parameters=TARGETS, fim_config=FimConfig(3))
+    options = {"init_lora_weights": "fim", "fim_config": FimConfig(3)}
+    config = LoraConfig(target_modules=[], target_parameters=TARGETS, **options)
     first, last = batches_of(floats(7, WIDTH))
     damaged = first | {"x": first["x"].clone()}
     damaged["x"][0, 0, 0] = torch.nan
