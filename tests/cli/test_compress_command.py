@@ -252,10 +252,26 @@ def test_the_tokenizer_of_the_adapter_is_used(llama, tmp_path):
 
 
 def test_the_task_of_an_adapter_that_does_not_say_it(llama, data, tmp_path, capsys):
-    save_adapter(llama, tmp_path / "trained", task_type=None)
-    assert compress(tmp_path / "trained", data, tmp_path / "out", "--keep", 0.5) == 1
-    assert "has no task_type: give --task causal-lm or --task seq-cls" in capsys.readouterr().err
-    assert compress(tmp_path / "trained", data, tmp_path / "out", "--keep", 0.5, "--task", "causal-lm") == 0
+    """PEFT writes the class of the base model instead. Other tools may not."""
+    adapter = save_adapter(llama, tmp_path / "trained", task_type=None)
+    assert compress(adapter, data, tmp_path / "out", "--keep", 0.5) == 0
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+    for mapping in (None, {"base_model_class": "LlamaModel"}, {"base_model_class": 3}):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"auto_mapping": mapping}))
+        assert compress(adapter, data, tmp_path / "other", "--keep", 0.5) == 1
+        assert "has no task_type: give --task causal-lm or --task seq-cls" in capsys.readouterr().err
+    assert compress(adapter, data, tmp_path / "other", "--keep", 0.5, "--task", "causal-lm") == 0
+
+
+def test_the_task_of_a_classifier_that_does_not_say_it(bert, tmp_path):
+    adapter = save_adapter(bert, tmp_path / "trained", num_labels=3)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    mapping = {"base_model_class": "BertForSequenceClassification"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"auto_mapping": mapping, "task_type": None}))
+    rows = [{"text": text, "label": place % 3} for place, text in enumerate(texts(6))]
+    labeled = write_jsonl(tmp_path / "labeled.jsonl", rows)
+    assert compress(adapter, labeled, tmp_path / "out", "--keep", 0.5) == 0
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,14 @@ def find_adapter(name: str) -> AdapterSource:
 
 
 def task_of(source: AdapterSource, given: Task | None) -> Task:
-    """The task of the adapter; `given` is that of `--task`, for adapters that do not state it."""
+    """The task of the adapter; `given` is that of `--task`, for adapters that do not show it."""
     tasks = {peft_name: cast(Task, name) for name, peft_name in PEFT_TASK_TYPES.items()}
     written = source.config.task_type
     if written is None:
-        if given is None:
+        found = given or _task_of_class(source.config.auto_mapping)
+        if found is None:
             raise CommandError(f"{source.name} has no task_type: give --task {' or --task '.join(tasks.values())}.")
-        return given
+        return found
     if written not in tasks:
         raise CommandError(
             f"{source.name} has task_type {written!r}, but the command knows only {' and '.join(tasks)}: "
@@ -117,6 +118,16 @@ def task_of(source: AdapterSource, given: Task | None) -> Task:
     if given not in (None, tasks[written]):
         raise CommandError(f"{source.name} has task_type {written!r}: leave --task out.")
     return tasks[written]
+
+
+def _task_of_class(auto_mapping: Any) -> Task | None:
+    """The task of the base model's class, which PEFT writes for an adapter without a task_type."""
+    name = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
+    if not isinstance(name, str):
+        return None
+    if name.endswith("ForSequenceClassification"):
+        return "seq-cls"
+    return "causal-lm" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def _folder_of(name: str) -> Path:
