@@ -23,8 +23,7 @@ LOWEST_TESTS := tests/adapter tests/fisher/layers tests/fisher/test_factors.py \
 	--ignore tests/adapter/test_quantized.py --ignore tests/fisher/layers/test_grouped_linear.py \
 	--ignore tests/fisher/layers/test_layers_of_transformers.py \
 	--deselect tests/fisher/test_factors.py::test_experts_of_transformers \
-	--deselect "tests/cli/test_data_files.py::test_encodings[data.json]" \
-	--deselect tests/cli/test_command_errors.py::test_a_model_in_the_cache_needs_no_hub
+	--deselect "tests/cli/test_data_files.py::test_encodings[data.json]"
 # bitsandbytes and torchao are installed in a separate folder, because PEFT imports them whenever they are installed,
 # and they print warnings when they are imported.
 QUANTIZED := $(VENV)/quantized

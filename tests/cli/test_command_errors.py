@@ -193,6 +193,8 @@ def test_a_model_in_the_cache_needs_no_hub(llama, data, unreachable, tmp_path, m
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    # transformers 4 has a copy of the name.
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
     assert allocate("nobody/tiny", data, tmp_path / "out") == 0
 
 
