@@ -382,7 +382,7 @@ def test_another_adapter_keeps_its_gradients_where_a_layer_is_dropped():
     gradients = {name: value.grad.clone() for name, value in model.named_parameters() if ".other" in name}
     removed = {value for name, value in model.named_parameters() if "lora_" in name and ".default" in name}
     result = compress_lora(model, get_lora_spectrum(model, None), keep=0.1)
-    assert len(result.dropped_layers) >= 3
+    assert len(result.dropped_layers) >= 2
     left = dict(model.named_parameters())
     for name, gradient in gradients.items():
         assert left[name].grad is not None, name
