@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fim_lora import FimCompressionCallback, FimConfig, compress_lora, initialize_lora_fim_ranks_for_trainer
+from fim_lora.trainer.trainer_kinds import rows_per_example_in_batches
 from helpers.adapters import hooks_of, logits, lora_layers, ranks_in
 from helpers.own_warnings import UNCERTAIN_ROWS
 from helpers.tiny_models import llama
@@ -99,7 +100,6 @@ def test_the_cut_is_that_of_a_calibration_on_the_last_batches(tmp_path, way):
     assert (logits(other) - logits(reference)).abs().max() > 1e-2
 
 
-@NEWER_TRAINERS
 def test_an_example_of_dpo_is_a_pair(tmp_path):
     callback = FimCompressionCallback(**CUT)
     trainer = dpo_trainer_of(tmp_path, [callback], **FROZEN)
@@ -119,7 +119,10 @@ def test_an_example_of_dpo_is_a_pair(tmp_path):
     trainer.train()
     trainer.model = reference
     spectrum = spectrum_by_gates(
-        reference, batches[CUT_STEP - 2 : CUT_STEP], forward_fn=compute_loss, sequences_per_example=2
+        reference,
+        batches[CUT_STEP - 2 : CUT_STEP],
+        forward_fn=compute_loss,
+        sequences_per_example=rows_per_example_in_batches(trainer),
     )
     assert compress_lora(reference, spectrum, r=NARROW).ranks == callback.compression.ranks
     assert callback.compression.criterion == "Fisher information of 4 examples in 2 batches"
@@ -128,6 +131,8 @@ def test_an_example_of_dpo_is_a_pair(tmp_path):
 def test_dpo_of_an_adapter_whose_reference_has_the_same_config_object(tmp_path):
     callback = FimCompressionCallback(**CUT)
     trainer = dpo_trainer_of(tmp_path, [callback], wide_model())
+    if "ref" not in trainer.model.peft_config:
+        pytest.skip("this TRL has no adapter as reference")
     assert trainer.model.peft_config["ref"] is trainer.model.peft_config["default"]
     trainer.train()
     assert trainer.state.global_step == STEPS
@@ -313,7 +318,6 @@ def test_hooks_are_removed(tmp_path):
     assert not trainer.model._load_state_dict_pre_hooks
 
 
-@NEWER_TRAINERS
 def test_the_best_checkpoint_is_one_after_the_cut(tmp_path):
     """The metric falls all the time, so the best evaluation of all is the first."""
     scores = iter(range(100, 0, -1))

@@ -91,7 +91,7 @@ def initialize_lora_fim_ranks_for_trainer(
                     forward_fn,
                     show_progress_bar,
                     loss_communicates=True,
-                    sequences_per_example=rows_per_example_in_batches(trainer.args),
+                    sequences_per_example=rows_per_example_in_batches(trainer),
                 )
         # The checkpoint may be in another folder.
         with _saved(RankAllocation.from_scores(scores, config), Path(trainer.args.output_dir) / ALLOCATION_FILE):

@@ -40,9 +40,11 @@ def require_complete_batches(trainer: Trainer) -> None:
     )
 
 
-def rows_per_example_in_batches(arguments: TrainingArguments) -> int:
-    """Rows of a batch of the dataloader that make up one example, for a trainer with these arguments."""
-    return 2 if _is_any(arguments, _PAIRS_IN_BATCHES) else 1
+def rows_per_example_in_batches(trainer: Trainer) -> int:
+    """Rows of a batch of the trainer's dataloader that make up one example."""
+    # The batches of such trainers, as DPO before TRL 1.0, have chosen and rejected texts apart.
+    concatenates = hasattr(trainer, "concatenated_forward")
+    return 2 if _is_any(trainer.args, _PAIRS_IN_BATCHES) and not concatenates else 1
 
 
 def rows_per_example_in_passes(arguments: TrainingArguments) -> int:
