@@ -113,7 +113,7 @@ def _bounds(
 ) -> tuple[Ints, Ints]:
     """Smallest and largest rank of each layer, as multiples of its step."""
     for name, bound in (("r_min", r_min), ("r_max", r_max)):
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, (int, np.integer))):
+        if bound is not None and not _is_integer(bound):
             raise ValueError(f"{name} must be an integer, got {bound!r}.")
     if r_min < 0:
         raise ValueError(f"r_min must not be negative, got {r_min}.")
@@ -176,9 +176,13 @@ def _positive_integers(names: Sequence[str], given: Mapping[str, int], argument:
     _require_same_names(names, given, argument)
     for name in names:
         value = given[name]
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        if not _is_integer(value) or value < 1:
             raise ValueError(f"{subject} of layer {name!r} must be a positive integer, got {value!r}.")
     return np.array([given[name] for name in names], dtype=np.int64)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _require_same_names(names: Sequence[str], given: Mapping[str, object], argument: str) -> None:
